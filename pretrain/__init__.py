@@ -1,0 +1,1 @@
+"""Pretraining: losses, exact data order, the DeepSpeed engine and the loop."""

@@ -1,0 +1,174 @@
+"""The configuration of a pretraining run, and the named recipes. docs: `python -m pretrain.run RECIPE --help`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pretrain.engine import EngineConfig
+from pretrain.losses import LossConfig
+from pretrain.optim import OptimConfig
+from setclip.errors import InputError
+from setclip.images import AugmentConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained."""
+
+    name: str = "ViT-B-32"
+    """A name of open_clip's, one of ours (conv-tiny-48, conv-small-112), or a JSON file of the same form."""
+    pretrained: str | None = None
+    """Start from weights: a run, a checkpoint folder, `local-dir:DIR`, a weights file, or an open_clip tag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What it is trained on. docs/formats.md describes shards and the data order."""
+
+    shards: Path | None = None
+    """Folder with manifest.json; without it, the dataset of the recipe under $SETCLIP_DATA (default data/)."""
+    split: str = "train"
+    """Of the manifest's splits."""
+    parser: Literal["pos", "llm"] = "pos"
+    """Whose object lists the loss uses."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    num_lanes: int = 256
+    """Lanes of the data order; the number of ranks must divide it."""
+    block_size: int | None = None
+    """Samples read in one run; None: 512, less for small data so that lanes still mix."""
+    window_blocks: int = 4
+    """A lane shuffles within this many blocks."""
+    workers: int | None = None
+    """Loader processes a rank; None: the cores that the ranks leave over. 0 loads in the training process."""
+    max_bad: float = 0.05
+    """Stop when more than this share of the samples read cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation along the way (on rank 0)."""
+
+    every_steps: int = 0
+    """Evaluate after each of so many steps, and after the last; 0: never."""
+    zeroshot: Path | None = None
+    """Folder of class folders for zero-shot top-1; beside it objects.parquet gives head, middle and tail."""
+    retrieval: Path | None = None
+    """Shards for recalls; their split test, dev or val is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A pretraining run."""
+
+    out: Path | None = None
+    """The run folder; None: runs/RECIPE."""
+    resume: bool = False
+    """Continue from the newest checkpoint in the run folder."""
+    overwrite: bool = False
+    """Remove the run in the run folder and start anew."""
+    dataset: str | None = None
+    """Dataset by name under $SETCLIP_DATA, where --data.shards is not given."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    global_batch_size: int = 4096
+    """Pairs a step over all ranks."""
+    epochs: float = 32.0
+    """Passes over the data; --steps overrides it."""
+    steps: int | None = None
+    """Steps of the whole run."""
+    seed: int = 0
+    """Decides initial weights, data order, augmentation and caption choice."""
+    log_every_steps: int = 50
+    """Steps between lines in the log and in metrics.jsonl, over which they average."""
+    save_every_steps: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are removed."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: continue the run, or remove it")
+
+    def total_steps(self, num_samples: int) -> int:
+        """Returns the optimizer steps of the run over `num_samples` samples an epoch. Raises InputError if none."""
+        if num_samples < self.global_batch_size:
+            raise InputError(
+                f"expected at least one global batch of {self.global_batch_size} samples, found {num_samples}; "
+                f"use --global-batch-size {max(1, num_samples // 4)} or more data"
+            )
+        steps = self.steps if self.steps is not None else int(self.epochs * num_samples // self.global_batch_size)
+        if steps < 1:
+            raise InputError(
+                f"expected at least one step, found --steps {self.steps}, --epochs {self.epochs}; raise them"
+            )
+        return steps
+
+
+def local_batch_size(global_batch_size: int, world_size: int) -> int:
+    """Returns the pairs a rank. Raises InputError with the nearest sizes that divide."""
+    if global_batch_size % world_size:
+        below = global_batch_size // world_size * world_size
+        near = " or ".join(str(size) for size in (below, below + world_size) if size)
+        raise InputError(
+            f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks; nearest: {near}"
+        )
+    return global_batch_size // world_size
+
+
+def tiny() -> PretrainConfig:
+    """The embedded corpus on a CPU: a small convolutional CLIP, 500 steps in a minute or two."""
+    return PretrainConfig(
+        dataset="scenes",
+        model=ModelConfig(name="conv-tiny-48"),
+        data=DataConfig(augment=AugmentConfig(kind="shift")),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.1, warmup_share=0.1),
+        global_batch_size=256,
+        steps=500,
+        log_every_steps=25,
+        save_every_steps=500,
+    )
+
+
+def photos() -> PretrainConfig:
+    """A few thousand photographs on a CPU (Flickr8k size): 112 pixels, a small convolutional CLIP, under 20 minutes."""
+    return PretrainConfig(
+        model=ModelConfig(name="conv-small-112"),
+        data=DataConfig(augment=AugmentConfig(kind="resized_crop", scale=(0.5, 1.0), flip=True)),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.2, warmup_share=0.1),
+        global_batch_size=256,
+        epochs=40,
+        log_every_steps=20,
+        save_every_steps=200,
+    )
+
+
+def _at_scale(dataset: str, model: str) -> PretrainConfig:
+    """ViT, batch 4096, 32 epochs, one epoch of warm-up would be 1/32: AlignCLIP's settings as far as reconstructed."""
+    return PretrainConfig(
+        dataset=dataset,
+        model=ModelConfig(name=model),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup_share=1 / 32),
+        engine=EngineConfig(zero_stage=1, precision="bf16"),
+        global_batch_size=4096,
+        epochs=32,
+    )
+
+
+RECIPES: dict[str, Callable[[], PretrainConfig]] = {
+    "tiny": tiny,
+    "photos": photos,
+    "cc3m": lambda: _at_scale("cc3m", "ViT-B-32"),
+    "cc12m": lambda: _at_scale("cc12m", "ViT-B-32"),
+    "yfcc15m": lambda: _at_scale("yfcc15m", "ViT-B-32"),
+    "cc3m-b16": lambda: _at_scale("cc3m", "ViT-B-16"),
+    "cc12m-b16": lambda: _at_scale("cc12m", "ViT-B-16"),
+    "yfcc15m-b16": lambda: _at_scale("yfcc15m", "ViT-B-16"),
+}

@@ -1,0 +1,122 @@
+"""The DeepSpeed engine around a CLIP model: initialise, step, and nothing that is not DeepSpeed's.
+
+Any ZeRO stage, fp32 or bf16, GPUs or CPUs; torch's AdamW is passed in (naming "AdamW" in DeepSpeed's configuration
+would compile its own for minutes). `pretrain.state` takes the state out and puts it back. Used by pretrain.
+"""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pretrain.optim import OptimConfig, parameter_groups
+from setclip.distributed import World
+from setclip.errors import InputError
+
+# DeepSpeed logs its whole configuration at INFO, and looks for compilers when it is imported.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+
+deepspeed.utils.logger.setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How DeepSpeed runs the model."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What ranks share out: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations while computing; master weights and AdamW's moments are fp32 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.precision == "bf16" and self.zero_stage == 0:
+            # At stage 0 DeepSpeed's bf16 optimizer runs a real step while it is built.
+            raise ValueError("precision bf16 needs --engine.zero-stage 1, 2 or 3; found 0")
+
+
+class Engine:
+    """A model, its optimizer and the collectives between ranks."""
+
+    def __init__(
+        self, model: torch.nn.Module, config: EngineConfig, optim: OptimConfig, local_batch_size: int, world: World
+    ):
+        self.config, self.optim, self.world = config, optim, world
+        if world.device.type == "cpu":
+            # Skips a compilation of a minute whose lock file would hang every later run if it were killed.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it even of a single process
+        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+        self.model = model.to(world.device)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps
+        )
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": local_batch_size,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": optim.clip_grad_norm,
+                "zero_optimization": {"stage": config.zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "bf16": {"enabled": config.precision == "bf16"},
+                "steps_per_print": 10**9,
+                "wall_clock_breakdown": False,
+            },
+        )
+        if self.deepspeed.world_size != world.size:
+            raise InputError(
+                f"expected {world.size} ranks, found {self.deepspeed.world_size} in DeepSpeed; check the launcher"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the towers compute."""
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns image features (B, D), text features (B, D), unit norm, and the capped exp(logit_scale), shape [1]."""
+        output: Any = self.deepspeed(images.to(self.dtype), tokens)
+        return output[0], output[1], _Capped.apply(output[2], self.optim.max_logit_scale)
+
+    def step(self, loss: Tensor, lr: float) -> float:
+        """Averages the gradients of `loss` over ranks, clips, steps at `lr`; returns the gradient's norm before clipping."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.backward(loss)
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def train(self, mode: bool = True) -> None:
+        """Switches dropout and batch norm."""
+        self.deepspeed.train(mode)
+
+    def close(self) -> None:
+        """Frees what DeepSpeed holds."""
+        self.deepspeed.destroy()
+
+
+class _Capped(torch.autograd.Function):
+    """min(scale, cap), whose gradient vanishes only where it would raise a scale that is at the cap.
+
+    CLIP clamps the parameter itself after each step; ZeRO keeps master copies elsewhere that would undo that, and a
+    plain clamp has no gradient above the cap, so that the scale could never come down again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, cap: float) -> Tensor:
+        ctx.is_at_cap = scale >= cap
+        return scale.clamp(max=cap)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.where(ctx.is_at_cap & (gradient < 0), 0.0, gradient), None

@@ -1,0 +1,290 @@
+"""Batches from shards in the exact data order: the same samples whatever the number of ranks and workers.
+
+Workers own whole lanes and yield *groups*: the next decodable sample of each of their lanes. The main process takes
+the groups in turn and cuts the stream into batches. One pipeline serves the whole run; nothing is made anew at an
+epoch's end. Letters: B samples on this rank, L text tokens, M objects of a caption (padded).
+"""
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from pretrain.data_order import DataOrder, Place
+from setclip.decode import DecodeError
+from setclip.errors import InputError
+from setclip.hashing import hash_text, hash_u64
+from setclip.images import Augment, decode_tensor
+from setclip.objects import object_id
+from setclip.shards import Shard
+
+PAD = -1  # object ids are never negative
+
+_CAPTION, _AUGMENT = 1, 2  # keep the draws apart
+_LARGEST_GROUP = 64  # samples a worker hands over at once
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A sample that could not be decoded."""
+
+    epoch: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass
+class Batch:
+    """B pairs of this rank. All tensors are on the CPU."""
+
+    images: Tensor
+    """(B, 3, S, S) uint8"""
+    tokens: Tensor
+    """(B, L) int64"""
+    image_objects: Tensor
+    """(B, M) int64 ids of the objects on the image's side, distinct, padded with −1"""
+    text_objects: Tensor
+    """(B, M') int64, the same for the text's side"""
+    keys: list[str]
+    lanes: list[int]
+    skips_before: list[int]
+    """Per sample: how many its lane skipped just before it."""
+    skips: list[Skip]
+
+    @staticmethod
+    def concatenate(parts: Sequence["Batch"]) -> "Batch":
+        """Returns one batch from several."""
+        if len(parts) == 1:
+            return parts[0]
+        return Batch(
+            torch.cat([p.images for p in parts]),
+            torch.cat([p.tokens for p in parts]),
+            pad_and_concatenate([p.image_objects for p in parts]),
+            pad_and_concatenate([p.text_objects for p in parts]),
+            *([x for p in parts for x in getattr(p, f)] for f in ("keys", "lanes", "skips_before", "skips")),  # type: ignore[arg-type]
+        )
+
+    def split(self, size: int) -> tuple["Batch", "Batch"]:
+        """Returns the first `size` samples and the rest; skips go with the sample that they came before."""
+        first, rest = {}, {}
+        num_skips = sum(self.skips_before[:size])
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            cut = num_skips if entry.name == "skips" else size
+            first[entry.name], rest[entry.name] = value[:cut], value[cut:]
+        return Batch(**first), Batch(**rest)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def pad_and_concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Returns (ΣB, max M) from (B, M) object ids, padded with −1."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=PAD) for part in parts])
+
+
+def pad_objects(sets: Sequence[Sequence[str]]) -> Tensor:
+    """Returns (B, M) int64 distinct ids, padded with −1, from B collections of object names. M is at least 1."""
+    ids = [sorted({object_id(name) for name in names}) for names in sets]
+    padded = torch.full((len(ids), max(1, *map(len, ids), 1)), PAD, dtype=torch.int64)
+    for row, of_row in enumerate(ids):
+        padded[row, : len(of_row)] = torch.tensor(of_row, dtype=torch.int64)
+    return padded
+
+
+@dataclass
+class SamplePipeline:
+    """From a place in the data to what one sample gives a batch. Handed to the workers as it is."""
+
+    shards: Sequence[Shard]
+    augment: Augment
+    tokenizer: Callable[[list[str]], Tensor]
+    parser: str
+    seed: int
+
+    def __call__(self, place: Place) -> tuple[Tensor, str, list[str], str]:
+        """Returns ((3, S, S) uint8, caption, its objects, key). Raises DecodeError for a picture that cannot be used."""
+        shard = self.shards[place.shard]
+        key, _, image_bytes, encoded = shard.read_raw(place.row)
+        words = (self.seed, place.epoch, hash_text(key))
+        try:
+            record = json.loads(encoded)
+            captions, objects = record["captions"], record.get("objects", {})
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+            raise DecodeError("unreadable JSON") from error
+        if not captions:
+            raise DecodeError("no caption")
+        if self.parser not in objects:
+            raise InputError(
+                f"{shard.path}, sample {key}: expected objects of parser {self.parser!r}, found "
+                f"{sorted(objects) or 'none'}; parse the captions, or choose another with --data.parser"
+            )
+        chosen = int(hash_u64(_CAPTION, *words) % np.uint64(len(captions)))
+        size = self.augment.image_size
+        image = self.augment(decode_tensor(image_bytes, min_size=size), _AUGMENT, *words)
+        return image, captions[chosen], objects[self.parser][chosen], key
+
+
+class _Lanes(IterableDataset):
+    """The groups of one rank; in a worker, those that are its share."""
+
+    def __init__(
+        self,
+        order: DataOrder,
+        pipeline: SamplePipeline,
+        lanes: Sequence[int],
+        groups: int,
+        cursors: Sequence[int],
+        first: int,
+    ):
+        self.order, self.pipeline, self.lanes = order, pipeline, lanes
+        self.bounds = np.linspace(0, len(lanes), groups + 1).round().astype(int)
+        self.cursors, self.first = cursors, first  # the lanes before `first` have had their turn in the first round
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        mine = range(number, len(self.bounds) - 1, count)
+        readers = {
+            i: self.order.lane(self.lanes[i], self.cursors[i])
+            for group in mine
+            for i in range(self.bounds[group], self.bounds[group + 1])
+        }
+        skip_before = self.first
+        while True:
+            for group in mine:
+                yield self._group([i for i in range(*self.bounds[group : group + 2]) if i >= skip_before], readers)
+            skip_before = 0
+
+    def _group(self, indices: Sequence[int], readers: dict[int, Iterator[Place]]) -> Batch:
+        images, captions, objects, keys, skips_before, skips = [], [], [], [], [], []
+        for i in indices:
+            skipped = 0
+            while True:
+                place = next(readers[i])
+                try:
+                    image, caption, names, key = self.pipeline(place)
+                    break
+                except DecodeError as error:
+                    shard = self.pipeline.shards[place.shard]
+                    skips.append(Skip(place.epoch, shard.path.name, shard.read_raw(place.row)[0], str(error)))
+                    skipped += 1
+                    if skipped > self.order.num_samples // self.order.num_lanes + 1:
+                        raise InputError(
+                            f"none of {skipped} samples in a row could be used, last {shard.path} {skips[-1].key}: {error}; "
+                            "check the shards"
+                        ) from error
+            images.append(image)
+            captions.append(caption)
+            objects.append(names)
+            keys.append(key)
+            skips_before.append(skipped)
+        size = self.pipeline.augment.image_size
+        ids = pad_objects(objects)
+        return Batch(
+            torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
+            self.pipeline.tokenizer(captions) if captions else self.pipeline.tokenizer([""])[:0],
+            ids,
+            ids,
+            keys,
+            [self.lanes[i] for i in indices],
+            skips_before,
+            skips,
+        )
+
+
+class Loader:
+    """An endless iterator of this rank's batches, from `samples_seen` (over all ranks) on.
+
+    `skipped` (lane → samples skipped so far) belongs to the state of a resume, with `samples_seen`.
+    """
+
+    def __init__(
+        self,
+        order: DataOrder,
+        pipeline: SamplePipeline,
+        local_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        samples_seen: int = 0,
+        skipped: dict[int, int] | None = None,
+        max_bad: float = 0.05,
+    ):
+        if order.num_lanes % world_size:
+            near = [w for w in range(1, order.num_lanes + 1) if order.num_lanes % w == 0]
+            raise InputError(
+                f"expected a number of ranks that divides the {order.num_lanes} lanes of the data order, found {world_size}; "
+                f"nearest: {max(w for w in near if w < world_size)} ranks, or --data.num-lanes "
+                f"{-(-order.num_lanes // world_size) * world_size} (for a new run)"
+            )
+        if samples_seen % world_size:
+            raise InputError(
+                f"samples_seen {samples_seen} is not a multiple of {world_size} ranks; choose another number"
+            )
+        self.local_batch_size, self.max_bad = local_batch_size, max_bad
+        self.skipped: Counter[int] = Counter(skipped or {})
+        self.reasons: Counter[str] = Counter()
+        self._bad = self._read = 0
+
+        lanes = range(rank, order.num_lanes, world_size)
+        turn, first = divmod(samples_seen // world_size, len(lanes))
+        cursors = [turn + (i < first) + self.skipped[lane] for i, lane in enumerate(lanes)]
+        num_workers = min(num_workers, len(lanes))
+        sources = max(1, num_workers)
+        groups = min(len(lanes), sources * -(-len(lanes) // (sources * _LARGEST_GROUP)))
+        groups -= groups % sources  # the loader asks its workers in turn, so each has as many groups as the others
+        self._source = DataLoader(
+            _Lanes(order, pipeline, lanes, groups, cursors, first),
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=4 if num_workers else None,
+            persistent_workers=num_workers > 0,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        waiting: list[Batch] = []
+        for group in self._source:
+            waiting.append(group)
+            while sum(map(len, waiting)) >= self.local_batch_size:
+                batch, rest = Batch.concatenate(waiting).split(self.local_batch_size)
+                waiting = [rest]
+                self._account(batch)
+                yield batch
+
+    def _account(self, batch: Batch) -> None:
+        for lane, count in zip(batch.lanes, batch.skips_before, strict=True):
+            if count:
+                self.skipped[lane] += count
+        self.reasons.update(skip.reason for skip in batch.skips)
+        self._bad += len(batch.skips)
+        self._read += len(batch) + len(batch.skips)
+        # A few bad samples at the start are no share yet.
+        if self._bad > self.max_bad * max(self._read, 200):
+            table = ", ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common())
+            raise InputError(
+                f"expected at most {self.max_bad:.0%} bad samples, found {self._bad} of {self._read} ({table}); "
+                "check the shards, or raise --data.max-bad"
+            )
+
+
+def automatic_workers(ranks_on_node: int) -> int:
+    """Returns loader processes a rank: the cores that the ranks leave over, at least 1 and at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // ranks_on_node - 1))
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """Returns the batch's four tensors by name on `device`."""
+    names = ("images", "tokens", "image_objects", "text_objects")
+    return {name: getattr(batch, name).to(device, non_blocking=True) for name in names}

@@ -1,0 +1,68 @@
+"""What a resume needs beside the weights, in the checkpoint folder: written here, checked here. Used by the loop.
+
+training_state.json      step, samples seen, skips of each lane, and what fixes the run's course
+optimizer.safetensors    AdamW's moments by parameter name
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from setclip.checkpoint import WEIGHTS_NAME
+from setclip.errors import InputError
+from setclip.files import write_json
+
+STATE_NAME = "training_state.json"
+OPTIMIZER_NAME = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. Free of ranks, workers and ZeRO stages."""
+
+    step: int
+    samples_seen: int
+    skipped: dict[int, int]
+    """Lane to the number of samples that it skipped."""
+    course: dict[str, Any]
+    """Settings that fix data order, schedule and model; a resume with others would not be the same run."""
+
+
+def write_state(folder: Path, state: TrainState, moments: Mapping[str, Tensor]) -> None:
+    """Writes the two files into a checkpoint folder that is being written."""
+    save_file({name: tensor.contiguous() for name, tensor in moments.items()}, folder / OPTIMIZER_NAME)
+    write_json(folder / STATE_NAME, asdict(state))
+
+
+def read_state(folder: Path, course: Mapping[str, Any]) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
+    """Returns (state, weights, moments). Raises InputError where the run was another one, naming each difference."""
+    path = folder / STATE_NAME
+    if not path.exists():
+        raise InputError(
+            f"expected {path} to resume from, found only {sorted(p.name for p in folder.glob('*'))}; such a checkpoint gives "
+            f"weights to a new run: --model.pretrained {folder}"
+        )
+    content = json.loads(path.read_text(encoding="utf-8"))
+    state = TrainState(
+        content["step"],
+        content["samples_seen"],
+        {int(lane): count for lane, count in content["skipped"].items()},
+        content["course"],
+    )
+    wanted = json.loads(json.dumps(dict(course)))  # tuples become lists, as in the file
+    differing = [
+        f"{name} was {state.course.get(name)!r}, is {value!r}"
+        for name, value in wanted.items()
+        if state.course.get(name) != value
+    ]
+    if differing:
+        raise InputError(
+            f"the run in {folder.parents[1]} was started with other settings: {'; '.join(differing)}. Resume it with its "
+            f"own (--config {folder.parents[1] / 'config.yaml'}), or start a new run in another --out"
+        )
+    return state, load_file(folder / WEIGHTS_NAME), load_file(folder / OPTIMIZER_NAME)

@@ -1,0 +1,131 @@
+"""The training state by parameter name, free of ranks: taken out of a DeepSpeed engine and put into another one.
+
+Any number of ranks and any ZeRO stage resumes from the same files, without an offline conversion. DeepSpeed 0.19's
+public helpers are not enough for that; what each work-around is for stands beside it. Collective: all ranks call.
+Used by pretrain (checkpoints).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from pretrain.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gather_weights(engine: Engine) -> dict[str, Tensor]:
+    """Returns name → fp32 master weight (or buffer, or frozen parameter), on the CPU; complete on every rank.
+
+    Buffers (batch norm's running statistics) are rank 0's own: ranks do not share them.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in engine.model.named_parameters():
+        if engine.config.zero_stage and parameter.requires_grad:
+            value = safe_get_full_fp32_param(parameter)
+        elif engine.config.zero_stage == 3:  # a frozen parameter has no master copy
+            with GatheredParameters([parameter]):
+                value = parameter.detach().clone()
+        else:
+            value = parameter
+        weights[name] = value.detach().float().cpu().clone().reshape(_shape(parameter))
+    persistent = engine.model.state_dict().keys()
+    for name, buffer in engine.model.named_buffers():
+        if name in persistent:
+            weights[name] = buffer.detach().cpu().clone()
+    return weights
+
+
+def gather_moments(engine: Engine, step: int) -> dict[str, Tensor]:
+    """Returns "exp_avg.NAME" and "exp_avg_sq.NAME" → fp32, on the CPU; complete on every rank. Zeros before step 1."""
+    if step and engine.config.zero_stage in (1, 2):
+        _link_optimizer_states(engine)
+    moments: dict[str, Tensor] = {}
+    for name, parameter in engine.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for kind in MOMENTS:
+            if not step:  # there are no states yet: asking for them raises on some ranks and hangs the others
+                value = torch.zeros(_shape(parameter))
+            elif engine.config.zero_stage:
+                value = safe_get_full_optimizer_state(parameter, kind)
+            else:
+                value = _plain_optimizer(engine).state[parameter][kind]
+            moments[f"{kind}.{name}"] = value.detach().float().cpu().clone().reshape(_shape(parameter))
+    return moments
+
+
+def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
+    """Puts master weights and AdamW's moments into an engine that has taken no step.
+
+    The model must have been given `weights` before the engine was made: that fills buffers and frozen parameters.
+    """
+    optimizer = _plain_optimizer(engine)
+    if engine.config.zero_stage == 3:  # AdamW sees one flat partition at a time, only while it steps
+        stepped = engine.deepspeed.optimizer.fp32_partitioned_groups_flat
+    else:
+        stepped = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    for tensor in stepped:
+        optimizer.state[tensor] = {
+            "step": torch.tensor(float(step)),  # one tensor each: a shared one would advance once per group
+            **{kind: torch.zeros_like(tensor, dtype=torch.float32) for kind in MOMENTS},
+        }
+    if engine.config.zero_stage in (1, 2):
+        _link_optimizer_states(engine)
+    for name, parameter in engine.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        values = [weights[name].reshape(_shape(parameter)), *(moments[f"{kind}.{name}"] for kind in MOMENTS)]
+        master, *of_kind = [value.to(engine.world.device) for value in values]
+        if engine.config.zero_stage == 0:
+            parameter.data.copy_(master)
+            for kind, value in zip(MOMENTS, of_kind, strict=True):
+                optimizer.state[parameter][kind].copy_(value.reshape(parameter.shape))
+        elif engine.config.zero_stage == 3:
+            safe_set_local_fp32_param(parameter, _partition(parameter, master))
+            for kind, value in zip(MOMENTS, of_kind, strict=True):
+                safe_set_local_optimizer_state(parameter, _partition(parameter, value), kind)
+        else:
+            safe_set_full_fp32_param(parameter, master)
+            for kind, value in zip(MOMENTS, of_kind, strict=True):
+                safe_set_full_optimizer_state(parameter, value, kind)
+    if engine.config.zero_stage in (1, 2):
+        engine.deepspeed.optimizer.update_lp_params()  # set_fp32 leaves the model's own weights stale
+    engine.deepspeed.global_steps = engine.deepspeed.micro_steps = step
+
+
+def _plain_optimizer(engine: Engine) -> Any:
+    """Returns torch's AdamW inside DeepSpeed's wrapper."""
+    optimizer = engine.deepspeed.basic_optimizer if engine.config.zero_stage == 0 else engine.deepspeed.optimizer
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _link_optimizer_states(engine: Engine) -> None:
+    """Ties AdamW's states to the parameters; done once by DeepSpeed, too early where there are two parameter groups."""
+    optimizer = engine.deepspeed.optimizer
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    """Returns a parameter's own shape, which ZeRO 3 hides while it is partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _partition(parameter: Any, full: Tensor) -> Tensor:
+    """Returns this rank's part of a full value at ZeRO 3; the last one is padded with zeros (as DeepSpeed's is)."""
+    size = parameter.ds_tensor.ds_numel
+    padded = torch.nn.functional.pad(full.flatten(), (0, size * dist.get_world_size() - full.numel()))
+    return padded[dist.get_rank() * size : (dist.get_rank() + 1) * size]

@@ -1,0 +1,7 @@
+"""What the stages of Setclip share: formats, models, checkpoints, configuration. It imports none of the stages."""
+
+from setclip import torchvision_cpu
+
+__version__ = "0.1.0"
+
+torchvision_cpu.install()

@@ -1,0 +1,177 @@
+"""The checkpoint folder: weights that open_clip loads by itself, what they were trained on, and training state beside.
+
+    RUN/checkpoints/step-00000500/
+        model.safetensors        fp32 weights by parameter name
+        open_clip_config.json    model_cfg and preprocess_cfg, as open_clip writes them
+        setclip_config.json      step, samples seen, data, recipe, provenance
+        training_state.json, optimizer.safetensors   (pretrain only: what a resume needs)
+
+A folder is written beside and renamed, so one that has its name is complete. No pickle. Written by pretrain, read by
+eval_suite and by anything that starts from weights.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from setclip.errors import InputError
+from setclip.files import replacing, write_json
+from setclip.images import MEAN, STD
+from setclip.log import say
+from setclip.models.clip import build_clip, image_size_of, load_weights, model_config, tokenizer_for
+
+WEIGHTS_NAME = "model.safetensors"
+OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
+SETCLIP_CONFIG_NAME = "setclip_config.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to encode, with what encoding needs."""
+
+    model: torch.nn.Module
+    """In eval mode, fp32; `encode_image(x, normalize=True)` and `encode_text(tokens, normalize=True)` give (B, D)."""
+    tokenizer: Callable[[list[str]], Tensor]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    identity: dict[str, Any]
+    """Where it came from: where, model; for our checkpoints also step, samples_seen, recipe, data."""
+
+
+def save_checkpoint(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    model_cfg: Mapping[str, Any],
+    description: Mapping[str, Any],
+    extras: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a checkpoint folder whole or not at all.
+
+    `weights` are cast to fp32; `description` becomes setclip_config.json; `extras(folder)` writes further files.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        plain = {}
+        for name, tensor in weights.items():
+            tensor = tensor.detach().cpu()
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            plain[name] = (tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor).contiguous().clone()
+        save_file(plain, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        preprocess = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "shortest"}
+        write_json(temporary / OPEN_CLIP_CONFIG_NAME, {"model_cfg": dict(model_cfg), "preprocess_cfg": preprocess})
+        write_json(temporary / SETCLIP_CONFIG_NAME, dict(description))
+        if extras is not None:
+            extras(temporary)
+
+
+def checkpoints_of(run: str | Path) -> list[Path]:
+    """Returns the complete checkpoint folders of a run, oldest first."""
+    found = (Path(run) / CHECKPOINTS_FOLDER).glob("step-*")
+    return sorted((p for p in found if _STEP_FOLDER.fullmatch(p.name)), key=lambda p: int(p.name.split("-")[1]))
+
+
+def checkpoint_name(step: int) -> str:
+    """Returns the folder name of a step."""
+    return f"step-{step:08d}"
+
+
+def newest_run(runs: str | Path = "runs") -> Path | None:
+    """Returns the run folder under `runs` whose newest checkpoint is the youngest; None if none has one."""
+    last = [(checkpoints_of(run)[-1].stat().st_mtime, run) for run in Path(runs).glob("*") if checkpoints_of(run)]
+    return max(last)[1] if last else None
+
+
+def find_checkpoint(where: str | Path) -> Path:
+    """Returns the checkpoint folder for a run folder (its newest) or a checkpoint folder. Raises InputError."""
+    path = Path(where)
+    if (path / WEIGHTS_NAME).exists():
+        return path
+    if found := checkpoints_of(path):
+        return found[-1]
+    if path.exists():
+        have = "a folder without checkpoints"
+    elif "/" not in str(where):
+        have = "neither a folder of that name nor an open_clip model"
+    else:
+        have = "no such folder"
+    raise InputError(
+        f"expected a run, a checkpoint folder or an open_clip model at {where}, found {have}; "
+        "`python -m pretrain.run RECIPE` makes runs under runs/"
+    )
+
+
+def load_model(where: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+    """Loads a model for encoding.
+
+    `where`: a run folder (its newest checkpoint), a checkpoint folder (ours, or any that has open_clip's config and
+    weights), `local-dir:DIR`, an open_clip name (`ViT-B-32`: random weights, said so) or `NAME:TAG_OR_FILE`.
+    """
+    text = str(where)
+    name, _, tag = text.partition(":")
+    if name == "local-dir":
+        text, name, tag = tag, "", ""
+    if not Path(text).exists() and name in open_clip.list_models():
+        model_cfg = model_config(name)
+        if tag:
+            source = open_clip.create_model(name, pretrained=tag)
+            mean, std = source.visual.image_mean, source.visual.image_std
+            weights = source.state_dict()
+        else:
+            say(f"{name}: no weights were asked for (NAME:TAG), so they are random")
+            mean, std = MEAN, STD
+            weights = build_clip(model_cfg).state_dict()
+        identity = {"where": text, "model": name}
+    else:
+        folder = find_checkpoint(text)
+        config = _read_json(folder / OPEN_CLIP_CONFIG_NAME)
+        model_cfg, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
+        mean = preprocess.get("mean", MEAN)
+        std = preprocess.get("std", STD)
+        weights = load_file(folder / WEIGHTS_NAME)
+        identity = {"where": str(folder), **read_description(folder)}
+    model = build_clip(model_cfg, scalar_logit_scale=True)
+    load_weights(model, weights, text)
+    model.eval().to(device)
+    return LoadedModel(
+        model, tokenizer_for(model_cfg), image_size_of(model), tuple(map(float, mean)), tuple(map(float, std)), identity
+    )
+
+
+def load_initial_weights(where: str, model_name: str) -> dict[str, Tensor]:
+    """Returns weights to start training from: a run or checkpoint folder, `local-dir:DIR`, a file, or open_clip's tag."""
+    path = Path(where.removeprefix("local-dir:"))
+    if path.is_dir():
+        return load_file(find_checkpoint(path) / WEIGHTS_NAME)
+    if path.is_file():
+        return dict(open_clip.factory.load_state_dict(str(path)))
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    if where in tags:
+        return open_clip.create_model(model_name, pretrained=where).state_dict()
+    raise InputError(
+        f"expected a run, checkpoint folder, weights file or open_clip tag of {model_name} as --model.pretrained, found "
+        f"{where!r}; tags: {', '.join(tags) or 'none'}"
+    )
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Returns setclip_config.json of a checkpoint folder; empty for one that others wrote."""
+    path = folder / SETCLIP_CONFIG_NAME
+    return _read_json(path) if path.exists() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise InputError(f"expected {path}, found none: {path.parent} is no checkpoint of Setclip or open_clip")
+    return json.loads(path.read_text(encoding="utf-8"))

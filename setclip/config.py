@@ -1,0 +1,141 @@
+"""Commands from dataclasses: flags with help (tyro), named recipes, an optional YAML file, and errors in one line.
+
+A file's entries become flags placed before those of the command line, so both are checked alike, the last wins, and a
+mistyped key in a file gets the same "Perhaps you meant" as a mistyped flag. Used by every command.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+import yaml
+
+from setclip.errors import InputError
+from setclip.log import say
+from setclip.lookup import look_up
+
+T = TypeVar("T")
+
+_MARKERS = (tyro.conf.FlagConversionOff,)  # booleans are `--compile True|False`, alike in files and on the command line
+
+
+def parse(config: type[T] | T, args: Sequence[str] | None = None, description: str | None = None) -> T:
+    """Returns the config from command-line flags (and a YAML file given by --config).
+
+    `config` is a dataclass or an instance whose values are the defaults. A wrong flag prints the nearest one and exits
+    with status 2, as tyro does.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    args = _flags_of_file(args) + _without_config(args)
+    default = None if isinstance(config, type) else config
+    kind = config if isinstance(config, type) else type(config)
+    kwargs: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=args, description=description, config=_MARKERS, **kwargs)
+
+
+def parse_recipe(
+    recipes: Mapping[str, Callable[[], T]],
+    args: Sequence[str] | None = None,
+    description: str = "",
+    what: str = "recipe",
+) -> tuple[str, T]:
+    """Returns (recipe name, config): the first argument names the recipe, whose values are the defaults of the flags."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        say(f"{description.strip()}\n\n{what}s: {', '.join(recipes)}\n")
+        say(f"`{what.upper()} --help` lists the flags with that {what}'s values.")
+        raise SystemExit(0 if args else 2)
+    if args[0].startswith("-"):
+        raise InputError(f"expected a {what} first, found {args[0]!r}; known: {', '.join(recipes)}")
+    return args[0], parse(look_up(recipes, args[0], what)(), args[1:], description)
+
+
+def save(path: str | Path, config: Any) -> None:
+    """Writes the resolved config as YAML, which --config reads back to an equal config."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a config as plain dicts, lists, strings and numbers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return value
+
+    return plain(dataclasses.asdict(config))
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs a command's `main`; an InputError becomes one line and exit status 2 (SETCLIP_TRACEBACK=1 shows it all)."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("SETCLIP_TRACEBACK"):
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _config_path(args: Sequence[str]) -> Path | None:
+    for position, arg in enumerate(args):
+        if arg == "--config":
+            if position + 1 == len(args):
+                raise InputError("expected a YAML file after --config, found nothing")
+            return Path(args[position + 1])
+        if arg.startswith("--config="):
+            return Path(arg.removeprefix("--config="))
+    return None
+
+
+def _without_config(args: Sequence[str]) -> list[str]:
+    result = list(args)
+    for position, arg in enumerate(result):
+        if arg == "--config":
+            return result[:position] + result[position + 2 :]
+        if arg.startswith("--config="):
+            return result[:position] + result[position + 1 :]
+    return result
+
+
+def _flags_of_file(args: Sequence[str]) -> list[str]:
+    path = _config_path(args)
+    if path is None:
+        return []
+    if not path.exists():
+        raise InputError(f"expected a YAML file at {path}, found none; --config takes the path of one")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: expected YAML, found {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping of sections to values, found {type(tree).__name__}")
+    return _flags(tree, "")
+
+
+def _flags(tree: Mapping[str, Any], prefix: str) -> list[str]:
+    flags: list[str] = []
+    for name, value in tree.items():
+        flag = f"{prefix}{str(name).replace('_', '-')}"
+        if isinstance(value, Mapping):
+            flags += _flags(value, f"{flag}.")
+        elif isinstance(value, list):
+            flags += [f"--{flag}", *map(str, value)]
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags

@@ -1,0 +1,64 @@
+"""Files that appear whole or not at all: written beside, flushed to disk, then renamed. Used by every writer."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is flushed and renamed to `path`, on an error removed.
+
+    The temporary name keeps the suffix (some writers look at it) and carries the process id, so that two processes
+    never write the same temporary file. A folder can be made at the temporary path instead of a file; it then
+    replaces an existing folder of the final name.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            remove(path)
+        else:
+            _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Removes the file or folder at `path`, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` as indented JSON with a newline at its end, beside and renamed. NaN is refused (not JSON)."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def sha256_of(path: str | Path) -> str:
+    """Returns the hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Models: CLIP towers (`clip`). The JSON files here are small ones, named like open_clip's own."""
