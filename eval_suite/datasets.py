@@ -5,7 +5,6 @@ A new data set is one entry. Used by the commands of zero-shot classification an
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +14,7 @@ from typing import Literal
 import open_clip
 
 from eval_suite.images import ClassFolders, find_class_folders
+from setclip.datasets import data_root, locate
 from setclip.errors import InputError
 from setclip.lookup import look_up
 from setclip.manifest import MANIFEST_NAME
@@ -77,27 +77,18 @@ ZERO_SHOT_DATASETS: dict[str, ZeroShotDataset] = {
         templates="picture",
         has_objects=True,
     ),
+    "scenes-openmoji": ZeroShotDataset(  # the same nouns in another drawing style, never seen in training
+        place="scenes",
+        subfolders=("zeroshot_openmoji",),
+        make="make it with `python -m data_prep.run scenes --openmoji True --out {place}`",
+        templates="picture",
+        has_objects=True,
+    ),
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class RetrievalDataset:
-    """Shards with captions."""
-
-    place: str
-    """Folder under the data root."""
-    make: str
-    """What to do where it is not there."""
-
-
-RETRIEVAL_DATASETS: dict[str, RetrievalDataset] = {
-    "scenes": RetrievalDataset(place="scenes", make="make it with `python -m data_prep.run scenes --out {place}`"),
-}
-
-
-def data_root() -> Path:
-    """Returns the folder of the data sets: `$SETCLIP_DATA`, or `data`."""
-    return Path(os.environ.get("SETCLIP_DATA") or "data")
+RETRIEVAL_DATASETS = ("scenes",)
+"""Names in `setclip.datasets.DATASETS` that are shards with captions held out for retrieval."""
 
 
 def open_zero_shot(
@@ -192,16 +183,6 @@ def retrieval_place(name: str | None, data: Path | None) -> tuple[str, Path]:
             "found neither"
         )
     root = data_root()
-    if (root / name / MANIFEST_NAME).exists():
-        return name, root / name
-    prepared = {
-        path.parent.name: RetrievalDataset(place=path.parent.name, make="") for path in root.glob("*/manifest.json")
-    }
-    dataset = look_up({**prepared, **RETRIEVAL_DATASETS}, name, "dataset")
-    place = root / dataset.place
-    if not place.is_dir():
-        raise InputError(
-            f"expected {name} at {place}, found no such folder; {dataset.make.format(place=place)}, or give another "
-            "place with --data"
-        )
-    return name, place
+    prepared = [path.parent.name for path in root.glob(f"*/{MANIFEST_NAME}")]
+    look_up(dict.fromkeys((*RETRIEVAL_DATASETS, *prepared)), name, "dataset")
+    return name, root / name if name in prepared else locate(name)

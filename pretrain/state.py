@@ -79,7 +79,8 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str,
         stepped = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     for tensor in stepped:
         optimizer.state[tensor] = {
-            "step": torch.tensor(float(step)),  # one tensor each: a shared one would advance once per group
+            # One tensor each: a shared one would advance once per group. The fused kernel wants it beside the values.
+            "step": torch.tensor(float(step), device=tensor.device),
             **{kind: torch.zeros_like(tensor, dtype=torch.float32) for kind in MOMENTS},
         }
     if engine.config.zero_stage in (1, 2):

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, overload
 
 import tyro
 import yaml
@@ -23,7 +23,11 @@ T = TypeVar("T")
 _MARKERS = (tyro.conf.FlagConversionOff,)  # booleans are `--compile True|False`, alike in files and on the command line
 
 
-def parse(config: type[T] | T, args: Sequence[str] | None = None, description: str | None = None) -> T:
+@overload
+def parse(config: type[T], args: Sequence[str] | None = None, description: str | None = None) -> T: ...
+@overload
+def parse(config: T, args: Sequence[str] | None = None, description: str | None = None) -> T: ...
+def parse(config: Any, args: Sequence[str] | None = None, description: str | None = None) -> Any:
     """Returns the config from command-line flags (and a YAML file given by --config).
 
     `config` is a dataclass or an instance whose values are the defaults. A wrong flag prints the nearest one and exits
@@ -34,7 +38,7 @@ def parse(config: type[T] | T, args: Sequence[str] | None = None, description: s
     default = None if isinstance(config, type) else config
     kind = config if isinstance(config, type) else type(config)
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=args, description=description, config=_MARKERS, **kwargs)
+    return tyro.cli(kind, prog=_program(), args=args, description=description, config=_MARKERS, **kwargs)
 
 
 def parse_recipe(
@@ -51,7 +55,9 @@ def parse_recipe(
         raise SystemExit(0 if args else 2)
     if args[0].startswith("-"):
         raise InputError(f"expected a {what} first, found {args[0]!r}; known: {', '.join(recipes)}")
-    return args[0], parse(look_up(recipes, args[0], what)(), args[1:], description)
+    recipe = look_up(recipes, args[0], what)
+    # A dataclass itself has values without defaults, which its flags must then give.
+    return args[0], parse(recipe if isinstance(recipe, type) else recipe(), args[1:], description)
 
 
 def save(path: str | Path, config: Any) -> None:
@@ -90,6 +96,12 @@ def command(main: Callable[[], None]) -> None:
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _program() -> str:
+    """Returns what the user typed: `python -m pretrain.run`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def _config_path(args: Sequence[str]) -> Path | None:

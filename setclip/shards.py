@@ -141,8 +141,8 @@ class ShardWriter:
         if kind is None:
             self._write(b"\0" * (2 * tarfile.BLOCKSIZE))
             self._file.flush()
-            columns = list(zip(*self._rows, strict=True)) or [[] for _ in _INDEX_SCHEMA]
-            pq.write_table(pa.table([list(c) for c in columns], schema=_INDEX_SCHEMA), self._index_path)
+            columns = [[row[i] for row in self._rows] for i in range(len(_INDEX_SCHEMA))]
+            pq.write_table(pa.table(columns, schema=_INDEX_SCHEMA), self._index_path)
             self.info = ShardInfo(
                 name=self.path.name,
                 split=self.split,

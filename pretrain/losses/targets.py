@@ -43,10 +43,7 @@ def object_iou_budget(iou: Tensor, positives: Tensor, beta: float, no_overlap: s
     total = others.sum(1, keepdim=True)
     spread = beta * others / total.clamp_min(torch.finfo(iou.dtype).tiny)
     soft = spread.scatter(1, positives[:, None], 1 - beta)
-    if no_overlap == "uniform":
-        alone = label_smoothing(iou, positives, beta, "others")
-    else:
-        alone = _one_hot(iou, positives)
+    alone = label_smoothing(iou, positives, beta, "others") if no_overlap == "uniform" else _one_hot(iou, positives)
     return torch.where(total > 0, soft, alone)
 
 

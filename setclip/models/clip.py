@@ -41,12 +41,12 @@ def model_config(name: str) -> dict[str, Any]:
     return copy.deepcopy(open_clip.get_model_config(name))
 
 
-def build_clip(config: Mapping[str, Any], scalar_logit_scale: bool = False) -> torch.nn.Module:
+def build_clip(model_cfg: Mapping[str, Any], scalar_logit_scale: bool = False) -> torch.nn.Module:
     """Returns a freshly initialised CLIP (or CustomTextCLIP) in fp32 from an open_clip configuration.
 
     No weights are fetched. Draws from torch's global generator. `scalar_logit_scale` gives open_clip's own shape.
     """
-    config = copy.deepcopy(dict(config))
+    config: dict[str, Any] = copy.deepcopy(dict(model_cfg))
     custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     if "multimodal_cfg" in config:
         raise InputError("expected a CLIP model, found a CoCa one (multimodal_cfg); choose a model without a decoder")
@@ -85,7 +85,7 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: s
 
 def image_size_of(model: torch.nn.Module) -> int:
     """Returns the side of the square pictures that the image tower takes, in pixels."""
-    size = model.visual.image_size
+    size: Any = model.visual.image_size  # type: ignore[union-attr]
     return int(size[0] if isinstance(size, tuple | list) else size)
 
 

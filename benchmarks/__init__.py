@@ -1,0 +1,1 @@
+"""Measurements of speed, each with its goal beside the figure; run as `python -m benchmarks.NAME`."""

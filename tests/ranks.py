@@ -1,0 +1,39 @@
+"""Runs a function on several gloo processes on this machine, for tests of what happens between ranks."""
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+import setclip  # noqa: F401 (before torchvision, in the new processes too)
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Returns what `function(*args)` returns on each of `world_size` processes, in rank order.
+
+    The function must be importable (top level) and joins the process group itself, as the commands do.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_run, (world_size, port, folder, function, args), nprocs=world_size)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _run(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    try:
+        torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+        raise

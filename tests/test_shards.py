@@ -1,0 +1,158 @@
+"""Shards: what is written is what is read, by us and by webdataset; damage is named."""
+
+import io
+import tarfile
+
+import pytest
+import webdataset
+from material import sample, write_shards
+
+from setclip.errors import InputError
+from setclip.manifest import Manifest, check_shards, open_split
+from setclip.shards import Sample, Shard, ShardWriter, scan_tar
+
+
+def write(path, samples):
+    with ShardWriter(path) as writer:
+        for each in samples:
+            writer.add(each)
+    return writer.info
+
+
+def test_reading_gives_back_what_was_written(tmp_path):
+    samples = [sample(i, captions=1 + i % 3) for i in range(9)]
+    samples.append(
+        Sample(
+            key="f" * 24,
+            image=b"not even an image",
+            image_ext="webp",
+            captions=["Zoë’s “café” – ☕"],
+            objects={"pos": [["café"]], "llm": [[]]},
+            width=0,
+            height=0,
+            sha256="f" * 64,
+            url="https://example.org/ü",
+            extra={"license": "CC0"},
+        )
+    )
+    info = write(tmp_path / "a.tar", samples)
+    shard = Shard(tmp_path / "a.tar")
+    assert list(shard) == samples
+    assert shard.keys == [s.key for s in samples]
+    assert (info.samples, info.captions) == (10, sum(len(s.captions) for s in samples))
+    assert info.bytes == (tmp_path / "a.tar").stat().st_size
+
+
+# webdataset 1.0.2 leaves the tar that it has read to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_and_tarfile_read_our_tars(tmp_path):
+    samples = [sample(i) for i in range(5)]
+    write(tmp_path / "a.tar", samples)
+    found = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
+    assert [f["__key__"] for f in found] == [s.key for s in samples]
+    assert [f["jpg"] for f in found] == [s.image for s in samples]
+    assert [f["txt"].decode() for f in found] == [s.captions[0] for s in samples]
+    assert [group["jpg"] for _, group in scan_tar(tmp_path / "a.tar")] == [s.image for s in samples]
+
+
+def test_equal_samples_give_equal_bytes(tmp_path):
+    infos = [write(tmp_path / name, [sample(i) for i in range(4)]) for name in ("a.tar", "b.tar")]
+    assert infos[0].sha256 == infos[1].sha256
+    assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()
+
+
+def test_an_interrupted_shard_leaves_nothing(tmp_path):
+    def stops():
+        yield sample(0)
+        raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        write(tmp_path / "a.tar", stops())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_object_list_per_caption_is_demanded():
+    with pytest.raises(InputError, match="one object list per caption, found 1 lists of parser 'pos' for 2 captions"):
+        Sample(
+            key="k",
+            image=b"",
+            image_ext="jpg",
+            captions=["a", "b"],
+            objects={"pos": [[]]},
+            width=0,
+            height=0,
+            sha256="",
+        )
+
+
+def test_a_tar_cut_short_is_named_with_the_key(tmp_path):
+    write(tmp_path / "a.tar", [sample(i) for i in range(4)])
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=f"a.tar, sample {sample(3).key}: .* cut short"):
+        Shard(tmp_path / "a.tar").read(3)
+
+
+def test_a_foreign_tar_that_climbs_out_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("../evil.jpg")
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(InputError, match=r"'\.\./evil\.jpg' would leave the folder"):
+        list(scan_tar(tmp_path / "a.tar"))
+
+
+def test_the_manifest_comes_back_equal(tmp_path):
+    manifest = Manifest.load(write_shards(tmp_path))
+    (tmp_path / "again").mkdir()
+    manifest.save(tmp_path / "again")
+    assert Manifest.load(tmp_path / "again") == manifest
+    assert manifest.totals()["train"]["samples"] == 64
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "train-00001.tar").unlink(), r"train-00001\.tar: missing"),
+        (lambda f: (f / "train-00001.idx").unlink(), r"train-00001\.idx: missing"),
+        (lambda f: (f / "train-00001.tar").write_bytes(b"x"), r"train-00001\.tar: 1 bytes, manifest says \d+"),
+        (
+            lambda f: (f / "train-00001.idx").write_bytes((f / "train-00000.idx").read_bytes()),
+            r"train-00001\.tar: 20 samples in its index, manifest says 13",
+        ),
+    ],
+)
+def test_a_manifest_that_does_not_fit_the_tars_names_the_shard(tmp_path, break_it, message):
+    folder = write_shards(tmp_path)
+    break_it(folder)
+    with pytest.raises(InputError, match=r"manifest\.json does not fit the tars: " + message):
+        open_split(folder, "train")
+
+
+def test_checksums_find_one_changed_byte(tmp_path):
+    folder = write_shards(tmp_path)
+    data = bytearray((folder / "train-00002.tar").read_bytes())
+    data[700] ^= 1
+    (folder / "train-00002.tar").write_bytes(data)
+    manifest = Manifest.load(folder)
+    check_shards(folder, manifest.shards)
+    with pytest.raises(InputError, match=r"train-00002\.tar: checksum differs"):
+        check_shards(folder, manifest.shards, checksums=True)
+
+
+def test_a_missing_manifest_says_what_was_found_and_what_makes_it(tmp_path):
+    with pytest.raises(InputError, match=r"found no such folder; make them with `python -m data_prep\.run"):
+        Manifest.load(tmp_path / "none")
+    with pytest.raises(InputError, match="found no shards"):
+        Manifest.load(tmp_path)
+    write(tmp_path / "a.tar", [sample(0)])
+    with pytest.raises(InputError, match="found 1 tars without a manifest"):
+        Manifest.load(tmp_path)
+
+
+def test_an_unknown_split_lists_those_that_are_there(tmp_path, capsys):
+    folder = write_shards(tmp_path)
+    with pytest.raises(InputError, match=r"split 'test', found splits \['train'\]"):
+        open_split(folder, "test")
+    assert open_split(folder)[0] == "train"
+    assert "split 'train'" in capsys.readouterr().out
