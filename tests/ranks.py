@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-import setclip  # noqa: F401 (before torchvision, in the new processes too)
+from setclip import distributed  # (setclip comes before torchvision, in the new processes too)
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -34,6 +34,7 @@ def _run(rank: int, world_size: int, port: int, folder: str, function: Callable[
     torch.set_num_threads(1)
     try:
         torch.save(function(*args), Path(folder) / f"{rank}.pt")
+        distributed.stop()
     except BaseException:
         traceback.print_exc()
         raise

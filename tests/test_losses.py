@@ -98,7 +98,6 @@ def losses_of_rank(dtype):
         )
         values = with_gradients(output.loss, images, texts, theta)
         results.append([distributed.mean_over_ranks(value) for value in values])
-    distributed.stop()
     return results
 
 

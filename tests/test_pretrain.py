@@ -1,0 +1,234 @@
+"""pretrain.run: ranks do not change the curve, a resume is exact, and wrong input fails before anything is built."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from material import damage_image, write_model, write_shards
+from ranks import on_ranks
+from safetensors.torch import load_file
+
+from pretrain.config import RECIPES, PretrainConfig, local_batch_size, tiny
+from pretrain.optim import OptimConfig, learning_rate, parameter_groups
+from pretrain.progress import read_metrics
+from pretrain.run import train
+from setclip.errors import InputError
+from setclip.images import AugmentConfig
+from setclip.models.clip import build_clip, model_config
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain")
+    write_shards(folder / "shards")
+    write_model(folder)
+    return folder
+
+
+def config_of(place, out, **changes):
+    base = tiny()
+    data = dataclasses.replace(
+        base.data, shards=place / "shards", workers=0, num_lanes=8, augment=AugmentConfig(kind="shift", pixels=2)
+    )
+    model = dataclasses.replace(base.model, name=str(place / "small.json"))
+    settings = {
+        "out": place / out,
+        "overwrite": True,
+        "data": data,
+        "model": model,
+        "global_batch_size": 16,
+        "steps": 10,
+        "log_every_steps": 1,
+        "save_every_steps": 5,
+        "engine": dataclasses.replace(base.engine, device="cpu"),
+    }
+    return dataclasses.replace(base, **{**settings, **changes})
+
+
+def run(config):
+    """Trains in this process, which stays in its process group: DeepSpeed keeps the first one that it has seen."""
+    return train("tiny", config)
+
+
+def losses_of(out):
+    return [entry["loss"] for entry in read_metrics(out / "metrics.jsonl") if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    return run(config_of(place, "undisturbed"))
+
+
+def test_training_learns_and_leaves_what_it_promises(place, undisturbed):
+    losses = losses_of(place / "undisturbed")
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {
+        "model.safetensors",
+        "open_clip_config.json",
+        "setclip_config.json",
+        "training_state.json",
+        "optimizer.safetensors",
+    }
+    described = json.loads((undisturbed / "setclip_config.json").read_text())
+    assert (described["step"], described["samples_seen"], described["epoch"]) == (10, 160, 2.5)
+    assert (described["data"]["pairs_present"], described["data"]["pairs_listed"]) == (128, 130)
+
+
+def test_a_resume_in_mid_epoch_is_bit_identical(place, undisturbed):
+    run(config_of(place, "stopped", save_every_steps=3, keep_checkpoints=9))
+    for later in ("step-00000010", "step-00000009", "step-00000006"):
+        for file in (place / "stopped" / "checkpoints" / later).iterdir():
+            file.unlink()
+        (place / "stopped" / "checkpoints" / later).rmdir()
+    last = run(config_of(place, "stopped", overwrite=False, resume=True))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        whole, resumed = load_file(undisturbed / name), load_file(last / name)
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert losses_of(place / "stopped") == losses_of(place / "undisturbed"), "and the log has each step once"
+
+
+def train_on_rank(config):
+    torch.set_num_threads(1)
+    return str(train("tiny", config))
+
+
+def test_two_ranks_give_the_curve_of_one_and_resume_its_checkpoint(place, undisturbed):
+    on_ranks(2, train_on_rank, config_of(place, "two", engine=dataclasses.replace(tiny().engine, zero_stage=1, device="cpu")))
+    one, two = losses_of(place / "undisturbed"), losses_of(place / "two")
+    assert two == pytest.approx(one, abs=5e-6)
+    # From two ranks at stage 1 back to one at stage 0, from the middle.
+    for name in ("step-00000010",):
+        for file in (place / "two" / "checkpoints" / name).iterdir():
+            file.unlink()
+        (place / "two" / "checkpoints" / name).rmdir()
+    run(config_of(place, "two", overwrite=False, resume=True))
+    assert losses_of(place / "two") == pytest.approx(one, abs=1e-5)
+
+
+def test_a_resume_with_other_settings_names_the_difference(place, undisturbed):
+    config = config_of(place, "undisturbed", overwrite=False, resume=True, seed=1)
+    with pytest.raises(InputError, match=r"started with other settings: seed was 0, is 1\. .*config\.yaml"):
+        run(config)
+
+
+def test_bad_samples_are_counted_in_the_log_and_the_checkpoint(place, tmp_path):
+    write_shards(tmp_path / "shards")
+    damage_image(tmp_path / "shards", "train-00000.tar", 3)
+    write_model(tmp_path)
+    config = config_of(tmp_path, "bad")
+    last = run(dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad=0.1)))
+    entries = read_metrics(tmp_path / "bad" / "metrics.jsonl")
+    assert entries[-1]["bad_samples"] in (2, 3)  # once in each of two and a half epochs
+    state = json.loads((last / "training_state.json").read_text())
+    assert sum(state["skipped"].values()) == entries[-1]["bad_samples"]
+
+
+def test_training_starts_from_a_checkpoint(place, undisturbed, tmp_path):
+    config = config_of(place, "warm")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, pretrained=str(undisturbed)),
+        optim=dataclasses.replace(config.optim, lr=1e-12),
+        steps=1,
+    )
+    last = run(config)
+    before, after = load_file(undisturbed / "model.safetensors"), load_file(last / "model.safetensors")
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_batch_size": 4096}, r"one global batch of 4096 samples, found 64; use --global-batch-size 16"),
+        ({"steps": 0}, r"at least one step, found --steps 0"),
+        ({"model": "ViT-B-23"}, r"unknown model 'ViT-B-23', perhaps 'ViT-B-32'"),
+        ({"shards": "nowhere"}, r"expected shards with a manifest at .*nowhere.*found no such folder.*data_prep\.run"),
+        ({"split": "val"}, r"shards of split 'val', found splits \['train'\]"),
+        ({"parser": "llm"}, r"needs parsed objects: expected those of 'llm' .* found \['pos'\].*--loss\.name hard"),
+    ],
+)
+def test_wrong_input_says_what_to_do(place, changes, message):
+    config = config_of(place, "wrong")
+    if "model" in changes:
+        changes = {"model": dataclasses.replace(config.model, name=changes["model"])}
+    for name in ("shards", "split", "parser"):
+        if name in changes:
+            value = Path(changes[name]) if name == "shards" else changes[name]
+            changes = {"data": dataclasses.replace(config.data, **{name: value})}
+    with pytest.raises(InputError, match=message):
+        run(dataclasses.replace(config, **changes))
+    assert not (place / "wrong").exists(), "nothing was written"
+
+
+def test_a_used_run_folder_asks_for_resume_or_overwrite(place, undisturbed):
+    with pytest.raises(InputError, match=r"new or empty run folder, found .*undisturbed with 2 checkpoints; .*--overwrite"):
+        run(config_of(place, "undisturbed", overwrite=False))
+    with pytest.raises(InputError, match=r"expected a checkpoint to resume from under .*fresh/checkpoints, found none"):
+        run(config_of(place, "fresh", overwrite=False, resume=True))
+
+
+def test_batch_sizes_that_do_not_divide_suggest_the_nearest():
+    with pytest.raises(InputError, match="4096 is not a multiple of 3 ranks; nearest: 4095 or 4098"):
+        local_batch_size(4096, 3)
+    with pytest.raises(InputError, match="2 is not a multiple of 3 ranks; nearest: 3"):
+        local_batch_size(2, 3)
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "pretrain.run", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_command_names_the_nearest_recipe_and_flag():
+    wrong = command("tinny")
+    assert wrong.returncode == 2
+    assert "error: unknown recipe 'tinny', perhaps 'tiny'; known: cc12m" in wrong.stderr
+    wrong = command("tiny", "--optim.lrr", "1")
+    assert wrong.returncode == 2
+    assert "--optim.lr" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_the_command_without_data_names_the_place_and_what_makes_it(tmp_path):
+    wrong = command("tiny", SETCLIP_DATA=str(tmp_path))
+    assert wrong.returncode == 2
+    assert f"error: expected scenes at {tmp_path}/scenes, found nothing there" in wrong.stderr
+    assert "python -m data_prep.run scenes --out" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_names_a_model_and_adds_up(name):
+    config = RECIPES[name]()
+    assert isinstance(config, PretrainConfig)
+    assert model_config(config.model.name)["embed_dim"]
+    assert config.total_steps(2_901_344) >= 1
+    assert 256 % 8 == config.data.num_lanes % 8 == 0
+
+
+def test_the_learning_rate_rises_then_falls_in_samples():
+    config = OptimConfig(lr=1.0, warmup_samples=100, final_lr_share=0.1)
+    rates = [learning_rate(config, seen, 1100) for seen in (0, 50, 100, 600, 1100, 2000)]
+    assert rates == pytest.approx([0, 0.5, 1.0, 0.55, 0.1, 0.1])
+    assert learning_rate(OptimConfig(lr=1.0, warmup_share=0.2), 100, 1000) == 0.5
+
+
+def test_norms_biases_and_the_scale_have_no_weight_decay(place):
+    model = build_clip(json.loads((place / "small.json").read_text()))
+    decayed, plain = parameter_groups(model, 0.3)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert "logit_scale" in {names[id(p)] for p in plain["params"]}
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
