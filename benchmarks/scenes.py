@@ -1,6 +1,6 @@
 """How fast the embedded corpus is drawn and its captions are parsed, in CPU time of one process.
 
-    python -m benchmarks.scenes [--quick True] [--json FILE]
+    python -m benchmarks.scenes [--quick] [--json FILE]
 
 CPU time, because the machine may be shared; several repeats, of which the median counts.
 """

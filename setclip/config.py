@@ -7,6 +7,7 @@ mistyped key in a file gets the same "Perhaps you meant" as a mistyped flag. Use
 import dataclasses
 import os
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, overload
@@ -20,7 +21,8 @@ from setclip.lookup import look_up
 
 T = TypeVar("T")
 
-_MARKERS = (tyro.conf.FlagConversionOff,)  # booleans are `--compile True|False`, alike in files and on the command line
+# Booleans are `--resume True|False`, alike in files and on the command line; a bare `--resume` means True.
+_MARKERS = (tyro.conf.FlagConversionOff,)
 
 
 @overload
@@ -37,6 +39,7 @@ def parse(config: Any, args: Sequence[str] | None = None, description: str | Non
     args = _flags_of_file(args) + _without_config(args)
     default = None if isinstance(config, type) else config
     kind = config if isinstance(config, type) else type(config)
+    args = _with_values(args, _switches(kind))
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(kind, prog=_program(), args=args, description=description, config=_MARKERS, **kwargs)
 
@@ -96,6 +99,29 @@ def command(main: Callable[[], None]) -> None:
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _switches(kind: type, prefix: str = "") -> set[str]:
+    """Returns the flags of all booleans in a config tree."""
+    hints = typing.get_type_hints(kind)
+    flags: set[str] = set()
+    for entry in dataclasses.fields(kind):
+        name = f"{prefix}{entry.name.replace('_', '-')}"
+        if hints[entry.name] is bool:
+            flags.add(f"--{name}")
+        elif dataclasses.is_dataclass(hints[entry.name]):
+            flags |= _switches(hints[entry.name], f"{name}.")
+    return flags
+
+
+def _with_values(args: Sequence[str], switches: set[str]) -> list[str]:
+    """Returns `args` with True after each boolean flag that stands bare."""
+    result: list[str] = []
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        result.append(arg)
+        if arg.replace("_", "-") in switches and following.startswith("-"):
+            result.append("True")
+    return result
 
 
 def _program() -> str:

@@ -22,7 +22,7 @@ from setclip.errors import InputError
 from setclip.images import decode_tensor, eval_transform, normalize
 from setclip.models.clip import build_clip, load_weights, model_config, tokenizer_for
 
-CONV_CFG = model_config("conv-tiny-48")
+CONV_CFG = model_config("conv-tiny-64")
 
 
 def save(folder, model_cfg=MODEL_CFG, step=1):
@@ -92,7 +92,9 @@ def test_training_starts_from_open_clips_own_file(tmp_path):
 def test_weights_of_another_model_are_refused_by_name(tmp_path):
     _, path = save(tmp_path)
     other = build_clip({**MODEL_CFG, "embed_dim": 8})
-    with pytest.raises(InputError, match=r"another model: 2 of \d+ entries differ, first .*shape \(.*16\) in the checkpoint"):
+    with pytest.raises(
+        InputError, match=r"another model: 2 of \d+ entries differ, first .*shape \(.*16\) in the checkpoint"
+    ):
         load_weights(other, load_file(path / "model.safetensors"), str(path))
     deeper = {**MODEL_CFG, "text_cfg": {**MODEL_CFG["text_cfg"], "layers": 2}}
     with pytest.raises(InputError, match=r"transformer\.resblocks\.1.*: not in the checkpoint"):
@@ -111,7 +113,7 @@ def test_a_place_without_checkpoint_says_what_was_found(tmp_path):
 def test_an_unknown_model_suggests_the_nearest():
     with pytest.raises(InputError, match="unknown model 'ViT-B-33', perhaps 'ViT-B-32'"):
         model_config("ViT-B-33")
-    with pytest.raises(InputError, match="unknown model 'conv-tiny-84', perhaps 'conv-tiny-48'"):
+    with pytest.raises(InputError, match="unknown model 'conv-tiny-84', perhaps 'conv-tiny-64'"):
         model_config("conv-tiny-84")
 
 
@@ -144,7 +146,9 @@ def test_jpeg_decodes_to_what_pillow_sees(tmp_path):
 
     import numpy as np
 
-    image = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 255, (5, 6, 3)), np.ones((8, 8, 1))).astype("uint8"))
+    image = Image.fromarray(
+        np.kron(np.random.default_rng(0).integers(0, 255, (5, 6, 3)), np.ones((8, 8, 1))).astype("uint8")
+    )
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95)
     decoded = decode_tensor(buffer.getvalue())

@@ -55,8 +55,13 @@ def reference_targets(rows, columns, config):
 
 def reference_loss(images, texts, theta, image_sets, text_sets, config):
     logits = theta.exp() * images @ texts.T
-    q_images, q_texts = reference_targets(image_sets, text_sets, config), reference_targets(text_sets, image_sets, config)
-    cross_entropy = -(q_images * logits.log_softmax(1)).sum(1).mean() - (q_texts * logits.T.log_softmax(1)).sum(1).mean()
+    q_images, q_texts = (
+        reference_targets(image_sets, text_sets, config),
+        reference_targets(text_sets, image_sets, config),
+    )
+    cross_entropy = (
+        -(q_images * logits.log_softmax(1)).sum(1).mean() - (q_texts * logits.T.log_softmax(1)).sum(1).mean()
+    )
     return cross_entropy / 2
 
 
@@ -109,7 +114,9 @@ def check(results, tolerance):
             reference_loss(images, texts, theta, IMAGE_SETS, TEXT_SETS, config), images, texts, theta
         )
         for value, reference in zip(found, wanted, strict=True):
-            torch.testing.assert_close(value.double(), reference, rtol=tolerance, atol=tolerance, msg=str((config, scale)))
+            torch.testing.assert_close(
+                value.double(), reference, rtol=tolerance, atol=tolerance, msg=str((config, scale))
+            )
 
 
 def test_values_and_gradients_equal_the_reference():
@@ -131,7 +138,9 @@ def test_hard_equals_open_clips_loss():
     theta = torch.tensor(3.0, requires_grad=True)
     mine = contrastive_loss(images, texts, theta.exp(), ids(IMAGE_SETS), ids(TEXT_SETS), LossConfig(name="hard")).loss
     theirs = open_clip.loss.ClipLoss()(images, texts, theta.exp())
-    for a, b in zip(with_gradients(mine, images, texts, theta), with_gradients(theirs, images, texts, theta), strict=True):
+    for a, b in zip(
+        with_gradients(mine, images, texts, theta), with_gradients(theirs, images, texts, theta), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -189,7 +198,9 @@ def test_iou_by_hand():
 
 
 def test_unknown_names_suggest_the_nearest():
-    with pytest.raises(InputError, match=r"unknown loss 'object_uoi', perhaps 'object_iou'; known: hard, label_smoothing"):
+    with pytest.raises(
+        InputError, match=r"unknown loss 'object_uoi', perhaps 'object_iou'; known: hard, label_smoothing"
+    ):
         LossConfig(name="object_uoi")
     with pytest.raises(InputError, match="unknown target of object_iou 'bugdet', perhaps 'budget'"):
         LossConfig(target="bugdet")

@@ -101,7 +101,9 @@ def train_on_rank(config):
 
 
 def test_two_ranks_give_the_curve_of_one_and_resume_its_checkpoint(place, undisturbed):
-    on_ranks(2, train_on_rank, config_of(place, "two", engine=dataclasses.replace(tiny().engine, zero_stage=1, device="cpu")))
+    on_ranks(
+        2, train_on_rank, config_of(place, "two", engine=dataclasses.replace(tiny().engine, zero_stage=1, device="cpu"))
+    )
     one, two = losses_of(place / "undisturbed"), losses_of(place / "two")
     assert two == pytest.approx(one, abs=5e-6)
     # From two ranks at stage 1 back to one at stage 0, from the middle.
@@ -169,7 +171,9 @@ def test_wrong_input_says_what_to_do(place, changes, message):
 
 
 def test_a_used_run_folder_asks_for_resume_or_overwrite(place, undisturbed):
-    with pytest.raises(InputError, match=r"new or empty run folder, found .*undisturbed with 2 checkpoints; .*--overwrite"):
+    with pytest.raises(
+        InputError, match=r"new or empty run folder, found .*undisturbed with 2 checkpoints; .*--overwrite"
+    ):
         run(config_of(place, "undisturbed", overwrite=False))
     with pytest.raises(InputError, match=r"expected a checkpoint to resume from under .*fresh/checkpoints, found none"):
         run(config_of(place, "fresh", overwrite=False, resume=True))

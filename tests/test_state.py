@@ -34,7 +34,9 @@ def train(engine, world, first, last):
         tokens = torch.randint(1, 100, (GLOBAL_BATCH, 12), generator=random)
         objects = torch.randint(0, 5, (GLOBAL_BATCH, 1), generator=random)
         mine = slice(world.rank, None, world.size)
-        output = contrastive_loss(*engine.forward(images[mine], tokens[mine]), objects[mine], objects[mine], LossConfig())
+        output = contrastive_loss(
+            *engine.forward(images[mine], tokens[mine]), objects[mine], objects[mine], LossConfig()
+        )
         engine.step(output.loss, lr=1e-3)
         losses.append(float(distributed.mean_over_ranks(output.loss)))
     return losses

@@ -1,0 +1,232 @@
+"""What holds of the repository as a whole: the direction of imports, documents that fit the code, and torchvision."""
+
+import ast
+import graphlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from setclip import torchvision_cpu
+
+ROOT = Path(__file__).parents[1]
+
+MAY_IMPORT = {
+    "setclip": set(),
+    "data_prep": {"setclip"},
+    "eval_suite": {"setclip"},
+    "pretrain": {"setclip", "eval_suite"},
+    "finetune": {"setclip", "eval_suite", "pretrain"},
+}
+"""Package to those of ours that it may import: the table of CONTRIBUTING.md."""
+
+OURS = (*MAY_IMPORT, "benchmarks")
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def files_of(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports_of(path: Path, at_the_top_only: bool = False) -> set[str]:
+    """Returns the names that a file imports: modules, and what is taken from them ("setclip.log.say")."""
+    names: set[str] = set()
+    nodes = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import; write the package's name"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+        if not (at_the_top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            nodes += ast.iter_child_nodes(node)
+    return names
+
+
+def our_modules() -> dict[str, Path]:
+    return {module_name(path): path for package in OURS for path in files_of(package)}
+
+
+# --- imports
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_those_below_it(package):
+    allowed = MAY_IMPORT[package] | {package}
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files_of(package)
+        for name in imports_of(path)
+        if name.partition(".")[0] in set(OURS) - allowed
+    }
+    assert not wrong
+
+
+def test_there_are_modules_to_look_at_in_each_package_that_is_built():
+    for package in ("setclip", "data_prep", "eval_suite", "pretrain"):
+        assert len(files_of(package)) > 1
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    modules = our_modules()
+    graph = {
+        name: {imported for imported in imports_of(path) if imported in modules and imported != name}
+        for name, path in modules.items()
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_data_preparation_reaches_no_torch():
+    modules = our_modules()
+    waiting = [name for name in modules if name.startswith("data_prep")]
+    reached: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        # In data_prep not even inside a function; elsewhere only what runs on import.
+        imported = imports_of(modules[name], at_the_top_only=not name.startswith("data_prep"))
+        heavy = {
+            i for i in imported if i.partition(".")[0] in ("torch", "torchvision", "open_clip", "timm", "deepspeed")
+        }
+        assert not heavy, f"{name} imports {heavy}"
+        waiting += [i for i in imported if i in modules]
+    assert "setclip.shards" in reached
+
+
+# --- documents
+
+
+def links_of(document: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", text)
+    return [a or b for a, b in targets if not re.match(r"[a-z]+:|#", a or b)]
+
+
+def named_modules() -> list[tuple[str, str]]:
+    """Returns (document, module) for each `python -m MODULE` and `-m MODULE` of ours in the documents."""
+    packages = "|".join(OURS)
+    return sorted(
+        {
+            (document.relative_to(ROOT).as_posix(), module)
+            for document in DOCUMENTS
+            for module in re.findall(rf"-m ((?:{packages})[\w.]*\w)", document.read_text(encoding="utf-8"))
+        }
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_to_something(document):
+    missing = [link for link in links_of(document) if not (document.parent / link.partition("#")[0]).exists()]
+    assert not missing
+
+
+def test_documents_name_commands_at_all():
+    assert {module for _, module in named_modules()} >= {"data_prep.run", "pretrain.run", "eval_suite.zeroshot"}
+
+
+@pytest.mark.parametrize(("document", "module"), named_modules())
+def test_a_command_in_a_document_is_a_module(document, module):
+    assert importlib.util.find_spec(module) is not None
+
+
+def commands() -> list[str]:
+    is_command = 'if __name__ == "__main__":'
+    return [name for name, path in our_modules().items() if is_command in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("module", commands())
+def test_a_command_says_how_it_is_run(module):
+    documentation = ast.get_docstring(ast.parse(our_modules()[module].read_text(encoding="utf-8"))) or ""
+    assert f"python -m {module}" in documentation
+
+
+def test_the_file_tree_of_the_readme_names_every_package_and_no_other_file():
+    tree = re.search(r"## Files\n.*?```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert tree is not None
+    folder, named = "", set()
+    for line in tree[1].splitlines():
+        entry = line.split()[0]
+        if line.startswith(" "):
+            named.add(folder + entry)
+        else:
+            folder = entry if entry.endswith("/") else ""
+            named.add(entry)
+    assert not [name for name in named if not (ROOT / name).exists()]
+    assert not [package for package in OURS if (ROOT / package).is_dir() and f"{package}/" not in named]
+
+
+# --- torchvision without its extension
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_torchvision_can_be_imported_after_setclip():
+    done = run_python("import setclip, torchvision; from torchvision.transforms import v2; v2.Resize(8); print('fine')")
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_importing_setclip_imports_neither_torch_nor_torchvision():
+    done = run_python("import setclip, sys; print([m for m in ('torch', 'torchvision') if m in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.fixture
+def declared(monkeypatch):
+    """The schemas that would be declared; the real ones of this process are left alone."""
+    schemas: list[str] = []
+
+    class Library:
+        def __init__(self, namespace, kind):
+            assert (namespace, kind) == ("torchvision", "FRAGMENT")
+
+        def define(self, schema):
+            schemas.append(schema)
+
+    monkeypatch.setattr(torch.library, "Library", Library)
+    monkeypatch.setattr(torchvision_cpu, "_library", None)
+    return schemas
+
+
+def test_nothing_is_declared_where_the_extension_loads(tmp_path, monkeypatch, declared):
+    loaded: list[str] = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    (tmp_path / "_C.so").touch()
+    assert torchvision_cpu.declare_missing_operators(tmp_path) is False
+    assert loaded == [str(tmp_path / "_C.so")]
+    assert declared == []
+
+
+def test_both_operators_are_declared_once_where_the_extension_does_not_load(tmp_path, declared):
+    (tmp_path / "_C.so").write_bytes(b"not a library")
+    assert torchvision_cpu.declare_missing_operators(tmp_path) is True
+    assert torchvision_cpu.declare_missing_operators(tmp_path) is True
+    assert [schema.partition("(")[0] for schema in declared] == ["nms", "qnms"]
+
+
+def test_both_operators_are_declared_where_there_is_no_extension(tmp_path, declared):
+    assert torchvision_cpu.declare_missing_operators(tmp_path) is True
+    assert len(declared) == 2
+
+
+def test_installing_twice_waits_once():
+    done = run_python(
+        "import sys, setclip; from setclip import torchvision_cpu as t; t.install(); "
+        "print(sum(isinstance(f, t._BeforeTorchvision) for f in sys.meta_path))"
+    )
+    assert done.stdout == "1\n", done.stderr
