@@ -88,9 +88,8 @@ def main() -> None:
     for arm in results:
         for metric in ("i2t_r10", "t2i_r10"):
             times = mean(results, arm, metric) / chance[metric]
-            say(
-                f"{arm} {metric}: {times:.1f} times chance, goal {TIMES_CHANCE} {'reached' if times >= TIMES_CHANCE else 'MISSED'}"
-            )
+            verdict = "reached" if times >= TIMES_CHANCE else "MISSED"
+            say(f"{arm} {metric}: {times:.1f} times chance, goal {TIMES_CHANCE} {verdict}")
     if config.json is not None:
         write_json(config.json, {"goals": {"times_chance_at_10": TIMES_CHANCE}, "results": results})
 

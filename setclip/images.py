@@ -89,8 +89,8 @@ class Augment:
             image = self._eval(image)
             if config.kind == "shift":
                 dy, dx = (int(v * (2 * config.pixels + 1)) for v in u[:2])
-                padded = torch.nn.functional.pad(image[None].float(), [config.pixels] * 4, mode="replicate")[0]
-                image = padded[:, dy : dy + size, dx : dx + size].to(torch.uint8)
+                steps = torch.arange(size) - config.pixels  # beyond the edge the edge repeats
+                image = image[:, (steps + dy).clamp(0, size - 1)][:, :, (steps + dx).clamp(0, size - 1)]
         return image.flip(2) if config.flip and u[4] < 0.5 else image
 
 
