@@ -3,7 +3,7 @@
 # PYTHON          the interpreter that makes .venv (3.11 or newer)
 # INDEX_URL       a package index in place of the default one
 # EXTRA_INDEX_URL a package index beside it. CPU builds of torch and torchvision, where the default index has none:
-#                     make demo EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+#                     make demo EXTRA_INDEX_URL=URL (the install page of pytorch.org names one)
 # DEMO_FLAGS      flags for the demo, e.g. "--fast True" (python -m setclip.demo --help)
 # PYTEST_FLAGS    flags for pytest, e.g. "-m 'not slow'"
 

@@ -2,11 +2,13 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pretrain.loader import Skip
 from setclip.log import Meter, is_speaker
 
 
@@ -17,7 +19,8 @@ class RunLog:
         self.path = path
         self.meter = Meter(total_samples, "pretraining", "samples", initial=samples_seen)
         if is_speaker():
-            _keep_until(path, step)
+            for written in (path, *path.parent.glob("skipped-*.jsonl")):
+                _keep_until(written, step)
         self._reset()
 
     @contextmanager
@@ -61,6 +64,11 @@ class RunLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
+    def skipped(self, rank: int, step: int, skips: Sequence[Skip]) -> None:
+        """Appends samples that could not be used to this rank's skip list, skipped-RANK.jsonl in the run folder."""
+        with open(skip_list(self.path.parent, rank), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **asdict(skip)}) + "\n" for skip in skips)
+
     def close(self) -> None:
         """Ends the progress bar."""
         self.meter.close()
@@ -83,6 +91,11 @@ def _keep_until(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             continue
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def skip_list(run: Path, rank: int) -> Path:
+    """Returns where a rank writes the samples that it could not use."""
+    return run / f"skipped-{rank:05d}.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

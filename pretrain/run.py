@@ -148,6 +148,7 @@ def train(recipe: str, config: PretrainConfig) -> Path:
     if world.rank == 0:
         _prepare_folder(plan, config)
     log = RunLog(plan.out / "metrics.jsonl", plan.total_samples, state.samples_seen, state.step)
+    distributed.broadcast(None)  # the other ranks wait for the folder
 
     # The loop.
     step, samples_seen = state.step, state.samples_seen
@@ -175,6 +176,8 @@ def train(recipe: str, config: PretrainConfig) -> Path:
             raise FloatingPointError(
                 f"loss {loss} at step {step}, samples {batch.keys[:3]}…; lower --optim.lr and resume"
             )
+        if batch.skips:
+            log.skipped(world.rank, step, batch.skips)
         log.add(config.global_batch_size, loss=loss, kl=kl, true_pair_mass=mass, grad_norm=grad_norm)
 
         last = step == plan.total_steps

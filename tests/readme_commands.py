@@ -37,7 +37,7 @@ def commands(language: str, block: str) -> list[str]:
     """Returns the commands of a block: a Python block is one; lines of bash that end in a backslash go on."""
     if language == "python":
         return [block]
-    lines = block.replace("\\\n", " ").splitlines()
+    lines = re.sub(r"\s*\\\n\s*", " ", block).splitlines()
     return [re.sub(r"\s+#.*$", "", line).strip() for line in lines if line.strip() and not line.startswith("#")]
 
 

@@ -8,9 +8,14 @@ from setclip.files import replacing, sha256_of, write_json
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="disk"), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("disk")
+
+    def half():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        half()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 

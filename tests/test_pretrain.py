@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pretrain.config import RECIPES, PretrainConfig, local_batch_size, tiny
 from pretrain.optim import OptimConfig, learning_rate, parameter_groups
-from pretrain.progress import read_metrics
+from pretrain.progress import read_metrics, skip_list
 from pretrain.run import train
 from setclip.errors import InputError
 from setclip.images import AugmentConfig
@@ -123,7 +123,7 @@ def test_a_resume_with_other_settings_names_the_difference(place, undisturbed):
 
 def test_bad_samples_are_counted_in_the_log_and_the_checkpoint(place, tmp_path):
     write_shards(tmp_path / "shards")
-    damage_image(tmp_path / "shards", "train-00000.tar", 3)
+    key = damage_image(tmp_path / "shards", "train-00000.tar", 3)
     write_model(tmp_path)
     config = config_of(tmp_path, "bad")
     last = run(dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad=0.1)))
@@ -131,6 +131,11 @@ def test_bad_samples_are_counted_in_the_log_and_the_checkpoint(place, tmp_path):
     assert entries[-1]["bad_samples"] in (2, 3)  # once in each of two and a half epochs
     state = json.loads((last / "training_state.json").read_text())
     assert sum(state["skipped"].values()) == entries[-1]["bad_samples"]
+    skips = [json.loads(line) for line in skip_list(tmp_path / "bad", 0).read_text().splitlines()]
+    assert len(skips) == entries[-1]["bad_samples"]
+    assert {(skip["shard"], skip["key"], skip["reason"]) for skip in skips} == {
+        ("train-00000.tar", key, "not an image")
+    }
 
 
 def test_training_starts_from_a_checkpoint(place, undisturbed, tmp_path):

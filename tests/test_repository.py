@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from check_skips import unexpected_skips
+from readme_commands import blocks, shortened
+from readme_commands import commands as commands_of
 
 from setclip import torchvision_cpu
 
@@ -167,6 +170,37 @@ def test_the_file_tree_of_the_readme_names_every_package_and_no_other_file():
             named.add(entry)
     assert not [name for name in named if not (ROOT / name).exists()]
     assert not [package for package in OURS if (ROOT / package).is_dir() and f"{package}/" not in named]
+
+
+# --- continuous integration's own scripts
+
+
+def test_the_readme_marks_commands_of_every_stage_to_be_run():
+    text = [c for language, block in blocks(ROOT / "README.md") for c in commands_of(language, block)]
+    for start in ("make demo", "python -m data_prep", "python -m pretrain", "python -m eval_suite", "torchrun"):
+        assert any(command.startswith(start) for command in text), start
+
+
+def test_blocks_without_the_mark_are_not_run(tmp_path):
+    document = tmp_path / "a.md"
+    document.write_text("```bash\nrm a\n```\n```console\n$ b\n```\n```bash run\n# note\nc \\\n    d  # why\ne\n```\n")
+    ((language, block),) = blocks(document)
+    assert commands_of(language, block) == ["c d", "e"]
+
+
+def test_commands_that_train_are_shortened_behind_what_the_reader_types():
+    assert shortened("python -m pretrain.run tiny --steps 500").endswith("--steps 500 --steps 3")
+    assert shortened("python -m eval_suite.zeroshot scenes") == "python -m eval_suite.zeroshot scenes"
+    assert shortened("make demo") == f"make -C '{ROOT}' demo DEMO_FLAGS=\"--fast True\""
+
+
+def test_only_listed_reasons_for_a_skip_pass(tmp_path):
+    (tmp_path / "expected.txt").write_text("# a note\n.*GPU.*\n")
+    (tmp_path / "junit.xml").write_text(
+        '<testsuites><testsuite><testcase classname="t" name="a"><skipped message="needs a GPU"/></testcase>'
+        '<testcase classname="t" name="b"><skipped message="too tired"/></testcase><testcase name="c"/></testsuite></testsuites>'
+    )
+    assert unexpected_skips(tmp_path / "junit.xml", tmp_path / "expected.txt") == ["t.b: too tired"]
 
 
 # --- torchvision without its extension

@@ -1,0 +1,249 @@
+"""The building blocks of HTML reports: pictures, figures, galleries, tables and the page. Used by every report.
+
+A report is one file without network: pictures are data URIs, figures inline SVG (setclip.plots), styles stand in the
+page, and its content-security policy forbids the rest. Markup lies in setclip/templates; everything is escaped there.
+"""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import jinja2
+from markupsafe import Markup
+
+from setclip.files import replacing
+from setclip.shards import Shard
+
+_MEDIA_TYPES = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An embedded image."""
+
+    src: str
+    """A data URI."""
+    alt: str
+    """What it shows, for those who do not see it."""
+
+
+@dataclass(frozen=True)
+class Pill:
+    """A short label; `kind` colours it ("head", "middle", "tail", "unseen", or "")."""
+
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class SampleCard:
+    """A picture with its caption and the objects parsed from it."""
+
+    picture: Picture
+    caption: str
+    pills: Sequence[Pill]
+
+
+@dataclass(frozen=True)
+class CardGroup:
+    """Cards that belong together, with a headline such as a pair's similarity."""
+
+    title: str
+    text: str
+    cards: Sequence[SampleCard]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a retrieval query: a picture, or a caption."""
+
+    is_right: bool
+    score: float
+    picture: Picture | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A retrieval query (a caption, or a picture with its caption) and its best answers."""
+
+    text: str
+    note: str
+    """Such as the rank of the right answer."""
+    answers: Sequence[Answer]
+    picture: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of a key figure."""
+
+    name: str
+    text: str
+    share: float
+    """Length of its bar, 0 to 1."""
+    kind: str
+    """"series-1", "series-2", … or "chance"."""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """A headline number: what it measures, and its values beside each other."""
+
+    title: str
+    values: Sequence[Value]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of a row is its heading."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    kind: Literal["numbers", "words"] = "numbers"
+    """"numbers" are aligned to the right."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled part of the page."""
+
+    anchor: str
+    title: str
+    blocks: Sequence[Markup]
+    intro: str = ""
+    menu: str = ""
+    """Its name in the menu; by default the title."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """The whole report."""
+
+    title: str
+    lead: str
+    kicker: str = ""
+    """A short line above the title."""
+    opening: Sequence[Markup] = ()
+    """Blocks before the first section."""
+    sections: Sequence[Section]
+    credits: Sequence[Markup | str] = field(default_factory=list)
+
+
+def picture(data: bytes, extension: str, alt: str) -> Picture:
+    """Returns image bytes as they are, embedded."""
+    return Picture(f"data:{_MEDIA_TYPES[extension.lower()]};base64,{base64.b64encode(data).decode()}", alt)
+
+
+class PictureBook:
+    """Finds pictures by key in shards. The indices are read once; a picture when it is asked for."""
+
+    def __init__(self, shards: Sequence[Shard]):
+        self._places = {key: (shard, row) for shard in shards for row, key in enumerate(shard.keys)}
+
+    def picture(self, key: str, alt: str) -> Picture:
+        """Returns the picture of a key. Raises KeyError for one that no shard has."""
+        shard, row = self._places[key]
+        _, extension, image, _ = shard.read_raw(row)
+        return picture(image, extension, alt)
+
+    def caption(self, key: str) -> str:
+        """Returns the first caption of a key."""
+        shard, row = self._places[key]
+        return shard.read(row).captions[0]
+
+
+def figure(svg: Markup, title: str, text: str = "") -> Markup:
+    """A drawing with its title and a sentence below."""
+    return _blocks().figure(svg, title, text)
+
+
+def row(*blocks: Markup) -> Markup:
+    """Blocks side by side where there is room."""
+    return _blocks().row(blocks)
+
+
+def key_figures(figures: Sequence[KeyFigure]) -> Markup:
+    """Headline numbers, each with its bars."""
+    return _blocks().key_figures(figures)
+
+
+def sample_cards(cards: Sequence[SampleCard]) -> Markup:
+    """Pictures with captions and pills."""
+    return _blocks().sample_cards(cards)
+
+
+def card_groups(groups: Sequence[CardGroup]) -> Markup:
+    """Groups of cards with a headline each."""
+    return _blocks().card_groups(groups)
+
+
+def pill_legend(pills: Sequence[Pill]) -> Markup:
+    """What the colours of pills mean."""
+    return _blocks().pill_legend(pills)
+
+
+def gallery(queries: Sequence[Query]) -> Markup:
+    """Queries with their best answers, right ones marked by a frame, a sign and a word for screen readers."""
+    return _blocks().gallery(queries)
+
+
+def table(content: Table) -> Markup:
+    """A table that scrolls sideways where it is too wide."""
+    return _blocks().table(content)
+
+
+def timings(steps: Sequence[tuple[str, float, str]]) -> Markup:
+    """Bars of time: (title, seconds, text)."""
+    longest = max((seconds for _, seconds, _ in steps), default=1.0)
+    return _blocks().timings([(title, seconds / max(longest, 1e-9), text) for title, seconds, text in steps])
+
+
+def commands(lines: Sequence[str]) -> Markup:
+    """Command lines as they are typed."""
+    return _blocks().commands(lines)
+
+
+def subtitle(text: str) -> Markup:
+    """A heading inside a section."""
+    return _blocks().subtitle(text)
+
+
+def caveats(title: str, items: Sequence[str | Markup]) -> Markup:
+    """A box of what to keep in mind."""
+    return _blocks().caveats(title, items)
+
+
+def link(url: str, text: str) -> Markup:
+    """A link, for credits and licences only: a report loads nothing."""
+    return Markup('<a href="{}" rel="noreferrer">{}</a>').format(url, text)
+
+
+def write_page(path: Path, page: Page) -> None:
+    """Writes the report, beside and renamed."""
+    html = _environment().get_template("page.html").render(page=page)
+    with replacing(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("setclip"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@cache
+def _blocks() -> Any:
+    module: ModuleType = _environment().get_template("blocks.html").module  # type: ignore[assignment]
+    return module
