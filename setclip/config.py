@@ -117,7 +117,7 @@ def _switches(kind: type, prefix: str = "") -> set[str]:
 def _with_values(args: Sequence[str], switches: set[str]) -> list[str]:
     """Returns `args` with True after each boolean flag that stands bare."""
     result: list[str] = []
-    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+    for arg, following in zip(args, [*args, "--"][1:], strict=True):
         result.append(arg)
         if arg.replace("_", "-") in switches and following.startswith("-"):
             result.append("True")

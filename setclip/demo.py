@@ -50,7 +50,7 @@ NUM_STEPS = 6
 _LOAD_WITH_OPEN_CLIP = """
 import setclip, open_clip, torch
 from PIL import Image
-place, picture, names = "local-dir:{checkpoint}", "{picture}", {names}
+place, picture, names = "local-dir:{checkpoint}", "{picture}", "{names}".split(", ")
 model, preprocess = open_clip.create_model_from_pretrained(place)
 with torch.no_grad():
     image = model.encode_image(preprocess(Image.open(picture))[None], normalize=True)
@@ -124,15 +124,9 @@ def run(config: DemoConfig) -> Path:
     for arm, label in ARMS.items():
         demo.step(f"pretrain with {label}", pretrain_command(folder, config, arm))
     demo.step("load the checkpoints with open_clip alone", *(open_clip_command(folder, arm) for arm in ARMS))
-    demo.step(
-        "evaluate retrieval and zero-shot classification",
-        *(
-            ["-m", f"eval_suite.{evaluation}", *name, "--data", str(folder.scenes)]
-            + ["--checkpoint", str(folder.run(arm)), "--out", str(folder.results(evaluation, arm))]
-            for evaluation, name in (("retrieval", []), ("zeroshot", ["scenes"]))
-            for arm in ARMS
-        ),
-    )
+    retrievals = [evaluate_command(folder, arm, "retrieval") for arm in ARMS]
+    classifications = [evaluate_command(folder, arm, "zeroshot", "scenes") for arm in ARMS]
+    demo.step("evaluate retrieval and zero-shot classification", *retrievals, *classifications)
     demo.step("write the report", ["-m", "setclip.demo_report", str(folder.root)])
     write_report(folder.root)  # again, now with the time of the last step
     return folder.report
@@ -189,8 +183,14 @@ def open_clip_command(folder: DemoFolder, arm: str) -> list[str]:
     classes = sorted(path.name for path in chosen.parents[1].iterdir())
     others = [name for name in classes[:: max(1, len(classes) // 4)] if name != chosen.parent.name][:4]
     names = [name.replace("_", " ") for name in (chosen.parent.name, *others)]
-    code = _LOAD_WITH_OPEN_CLIP.format(checkpoint=folder.checkpoint(arm), picture=chosen, names=names)
+    code = _LOAD_WITH_OPEN_CLIP.format(checkpoint=folder.checkpoint(arm), picture=chosen, names=", ".join(names))
     return ["-c", code.strip()]
+
+
+def evaluate_command(folder: DemoFolder, arm: str, evaluation: str, *name: str) -> list[str]:
+    """Arguments that evaluate an arm; `name` is that of a data set whose settings are taken."""
+    places = ["--data", folder.scenes, "--checkpoint", folder.run(arm), "--out", folder.results(evaluation, arm)]
+    return ["-m", f"eval_suite.{evaluation}", *name, *map(str, places)]
 
 
 def main() -> None:

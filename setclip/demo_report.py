@@ -194,7 +194,7 @@ def corpus_section(data: DemoData) -> report.Section:
     plot = report.figure(
         plots.rank_frequency(objects.names, counts, num_head, num_tail, alt),
         "How often objects are named",
-        f"The tail, {num_tail} of {len(counts)} objects, has {tail_share:.1%} of all mentions.",
+        f"The tail, {num_tail} of {len(counts)} objects, has {100 * tail_share:.1f} % of all mentions.",
     )
     legend = [
         report.Pill("head: the most frequent 20 %", "head"),
@@ -215,7 +215,7 @@ def corpus_section(data: DemoData) -> report.Section:
             ],
         )
     )
-    samples = _spread(_varied(data.first_samples), NUM_SAMPLES)
+    samples = _spread(data.first_samples, NUM_SAMPLES)
     return report.Section(
         "corpus",
         "What it learns from",
@@ -306,13 +306,12 @@ def classes_section(data: DemoData) -> report.Section:
     table = report.table(
         report.Table(
             "The same as numbers, in percent",
-            ["objects", *(_short(arm) for arm in ARMS), "chance", "pictures"],
+            ["objects", *(_short(arm) for arm in ARMS), "chance"],
             [
                 [
                     group,
                     *(_with_interval(metrics[arm][number]) for arm in ARMS),
                     _number(metrics["hard"][number]["chance"], "%"),
-                    f"{samples[number]:,}",
                 ]
                 for number, group in enumerate(groups)
             ],
@@ -494,17 +493,13 @@ def overlapping_pairs(samples: Sequence[Sample]) -> list[tuple[tuple[int, int], 
     for first, second in combinations(samples, 2):
         a, b = (set(sample.objects.get(PARSER, [[]])[0]) for sample in (first, second))
         overlap = (len(a & b), len(a | b))
+        if {first.key, second.key} & {sample.key for pair in found.values() for sample in pair}:
+            continue
         if overlap in wanted and overlap not in found and first.captions[0] != second.captions[0]:
             found[overlap] = (first, second)
             if len(found) == len(wanted):
                 break
     return [(overlap, text, found[overlap]) for overlap, text in wanted.items() if overlap in found]
-
-
-def _varied(samples: Sequence[Sample]) -> list[Sample]:
-    """Returns the samples whose captions name one to four objects, those with two or more first in line twice as often."""
-    named = [sample for sample in samples if sample.objects.get(PARSER, [[]])[0]]
-    return named or list(samples)
 
 
 def _spread(items: Sequence[Any], number: int, first: bool = False) -> list[Any]:

@@ -44,6 +44,7 @@ class Meter:
     def __init__(self, total: int | None, description: str, unit: str = "samples", initial: int = 0):
         self.total, self.description, self.unit = total, description, unit
         self.done = self._initial = initial
+        self._said = -1
         self.note = ""
         self._start = self._last_line = time.monotonic()
         self._bar: Progress | None = None
@@ -83,7 +84,7 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        if time.monotonic() - self._start >= SECONDS_BETWEEN_LINES:
+        if time.monotonic() - self._start >= SECONDS_BETWEEN_LINES and self.done != self._said:
             self._line()
 
     def _rate(self) -> float:
@@ -94,7 +95,7 @@ class Meter:
         return f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
 
     def _line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._said = time.monotonic(), self.done
         parts = [f"{self.description}: {self.done:,}" + (f"/{self.total:,}" if self.total else "") + f" {self.unit}"]
         parts.append(self._rate_text())
         if self.total and self.done < self.total and self._rate() > 0:

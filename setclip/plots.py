@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -28,7 +29,7 @@ _CSS = {
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 _MARKERS = ("o", "s", "^")
 _HATCHES = ("", "///", "...")  # told apart without colour, too
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 11,
@@ -126,7 +127,7 @@ def grouped_bars(
 
 def rank_frequency(names: Sequence[str], counts: Sequence[int], num_head: int, num_tail: int, alt: str) -> Markup:
     """Counts by rank, both logarithmic, with the head and the tail marked and some objects named."""
-    with _drawing(alt, height=3.5) as (figure, axes):
+    with _drawing(alt, height=3.4) as (figure, axes):
         total = len(names)
         axes.axvspan(0.8, num_head + 0.5, color=_HEAD, alpha=0.14, lw=0)
         axes.axvspan(total - num_tail + 0.5, total * 1.2, color=_TAIL, alpha=0.16, lw=0)
@@ -139,7 +140,7 @@ def rank_frequency(names: Sequence[str], counts: Sequence[int], num_head: int, n
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axis.set_minor_formatter(NullFormatter())
-        top = {"xycoords": axes.get_xaxis_transform(), "va": "top", "fontsize": 10.5, "fontweight": "bold"}
+        top: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "va": "top", "fontsize": 10.5}
         axes.annotate(f"head: {num_head}", ((0.8 * (num_head + 0.5)) ** 0.5, 0.985), ha="center", color=_HEAD, **top)
         axes.annotate(f"tail: {num_tail}", (total * 1.15, 0.985), ha="right", color=_TAIL, **top)
         for row in sorted({0, num_head // 2, (num_head + total - num_tail) // 2, total - 1}):
@@ -161,13 +162,13 @@ def rank_frequency(names: Sequence[str], counts: Sequence[int], num_head: int, n
 class _drawing:
     """A figure under the style of reports, for a `with` block; equal input gives equal bytes."""
 
-    def __init__(self, alt: str, height: float = 3.2):
+    def __init__(self, alt: str, height: float = 3.1):
         self._context = matplotlib.rc_context({**_STYLE, "svg.hashsalt": alt})
         self._height = height
 
     def __enter__(self) -> tuple[Figure, Axes]:
         self._context.__enter__()
-        figure = Figure(figsize=(5.4, self._height), layout="constrained")
+        figure = Figure(figsize=(4.7, self._height), layout="constrained")
         return figure, figure.add_subplot()
 
     def __exit__(self, *exception) -> None:
@@ -176,7 +177,7 @@ class _drawing:
 
 def _legend(axes: Axes) -> None:
     axes.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=10.5, handlelength=2.0, columnspacing=1.3
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=10.5, handlelength=1.8, columnspacing=1.0
     )
 
 
