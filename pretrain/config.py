@@ -144,7 +144,7 @@ def photos() -> PretrainConfig:
         data=DataConfig(augment=AugmentConfig(kind="resized_crop", scale=(0.5, 1.0), flip=True)),
         optim=OptimConfig(lr=3e-3, weight_decay=0.2, warmup_share=0.1),
         global_batch_size=256,
-        epochs=24,
+        epochs=16,
         log_every_steps=20,
         save_every_steps=200,
     )
