@@ -17,6 +17,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS := $(if $(INDEX_URL),--index-url $(INDEX_URL)) $(if $(EXTRA_INDEX_URL),--extra-index-url $(EXTRA_INDEX_URL))
 
+# OpenMP's threads spin while they wait, which is slow where cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check clean
 

@@ -174,8 +174,8 @@ def caveats(data: DemoData) -> list[str | Markup]:
         "negatives). Such a corpus favours soft labels; photographs from the web have fewer.",
         "The zero-shot pictures are the drawings seen in training, in new places, sizes and on new grounds. They test "
         "names, not new kinds of dogs.",
-        "The intervals count the held-out pictures only. One seed is no evidence: another seed moves both arms by "
-        "more than that. docs/results.md has means over three seeds, and photographs.",
+        "The intervals count the held-out pictures only. One seed is no evidence: another seed can move both arms "
+        "by more than that. docs/results.md has means over three seeds, and photographs.",
     ]
 
 
@@ -485,7 +485,7 @@ def card(sample: Sample, objects: ObjectTable) -> report.SampleCard:
 def overlapping_pairs(samples: Sequence[Sample]) -> list[tuple[tuple[int, int], str, tuple[Sample, Sample]]]:
     """Returns ((shared, all), a sentence, the pair) for the first pairs whose objects overlap wholly, half and by a third."""
     wanted = {
-        (2, 2): "The same objects, in other words: as good as the own caption.",
+        (2, 2): "The same objects in other words: the largest share.",
         (1, 2): "One caption names one object more.",
         (1, 3): "One object of three is shared.",
     }
@@ -562,7 +562,7 @@ def _metric_name(name: str, unit: str) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{_number(value, '%')} %"
+    return f"{_number(value, '%')}\N{NO-BREAK SPACE}%"
 
 
 def _number(value: float | None, unit: str) -> str:
