@@ -122,9 +122,9 @@ def _say_summary(out: Path, manifest: Manifest, counts: Mapping[str, statistics.
 
 
 def main() -> None:
-    # The class, not an instance: some flags, --out to begin with, have no default.
-    recipes = {name: (lambda config=source.config: config) for name, source in SOURCES.items()}
-    prepare(*parse_recipe(recipes, description=__doc__ or "", what="source"))
+    """The command."""
+    configs = {name: source.config for name, source in SOURCES.items()}
+    prepare(*parse_recipe(configs, description=__doc__ or "", what="source"))
 
 
 if __name__ == "__main__":

@@ -6,4 +6,4 @@ import os
 # the work. Takes effect where torch is not loaded yet; a setting of the user's stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import setclip  # noqa: E402, F401 (before torchvision, wherever a module of this package is imported first)
+import setclip  # noqa: F401 (before torchvision, wherever a module of this package is imported first)

@@ -1,4 +1,7 @@
-"""Named places: where a dataset lies when only its name is typed, and the command that makes it. Used by every command."""
+"""Shards by name: where a dataset lies when only its name is typed, and the command that makes it.
+
+Used by pretrain and eval_suite (retrieval); the zero-shot sets, which have prompts and counts, are in eval_suite.datasets.
+"""
 
 import os
 from dataclasses import dataclass
@@ -19,15 +22,15 @@ class DatasetPlace:
 
 DATASETS: dict[str, DatasetPlace] = {
     "scenes": DatasetPlace(folder="scenes", how_to_get="python -m data_prep.run scenes --out {folder}"),
-    "scenes-zeroshot": DatasetPlace(
-        folder="scenes/zeroshot", how_to_get="python -m data_prep.run scenes --out {parent}"
+    "cc3m": DatasetPlace(
+        folder="cc3m", how_to_get="python -m data_prep.run folder --images DIR --captions FILE.jsonl --out {folder}"
     ),
-    "imagenet": DatasetPlace(
-        folder="imagenet/val", how_to_get="put the 1,000 class folders of the ILSVRC 2012 validation images there"
+    "cc12m": DatasetPlace(
+        folder="cc12m", how_to_get="python -m data_prep.run folder --images DIR --captions FILE.jsonl --out {folder}"
     ),
-    "cc3m": DatasetPlace(folder="cc3m", how_to_get="python -m data_prep.run folder --out {folder}"),
-    "cc12m": DatasetPlace(folder="cc12m", how_to_get="python -m data_prep.run folder --out {folder}"),
-    "yfcc15m": DatasetPlace(folder="yfcc15m", how_to_get="python -m data_prep.run folder --out {folder}"),
+    "yfcc15m": DatasetPlace(
+        folder="yfcc15m", how_to_get="python -m data_prep.run folder --images DIR --captions FILE.jsonl --out {folder}"
+    ),
 }
 
 
@@ -41,7 +44,7 @@ def locate(name: str) -> Path:
     place = look_up(DATASETS, name, "dataset")
     folder = data_root() / place.folder
     if not folder.exists():
-        how = place.how_to_get.format(folder=folder, parent=folder.parent)
+        how = place.how_to_get.format(folder=folder)
         raise InputError(
             f"expected {name} at {folder}, found nothing there; make it: {how} (or give its place with --data)"
         )

@@ -105,12 +105,14 @@ def test_a_resume_is_bit_identical_on_two_ranks_and_in_bf16(world_size, precisio
         check_bit_identical(found)
 
 
+@pytest.mark.slow
 def test_ranks_and_stages_give_the_same_losses(one_rank, two_ranks):
     for found in (one_rank, *two_ranks):
         for run in found.values():
             assert run["losses"] == pytest.approx(one_rank[0]["losses"], abs=2e-6)
 
 
+@pytest.mark.slow
 def test_the_state_moves_from_one_rank_to_two_at_any_stage(one_rank, two_ranks):
     """The state itself arrives bit for bit; the steps after it differ as two undisturbed layouts do."""
     for found in two_ranks:
