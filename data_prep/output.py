@@ -1,83 +1,184 @@
-"""The output folder: claimed before anything is written, cleared on --overwrite of what an earlier run wrote, no more.
+"""The output folder: claimed before anything is written, gone on with after a kill, cleared of what is ours and no more.
 
-Used by `data_prep.run`. A journal in the folder lists what a run is going to write; it goes away when the manifest,
-which lists the same, is there. So an interrupted run can be cleared as exactly as a complete one.
+Used by `data_prep.run` and `data_prep.merge`. While a preparation runs, `OUT/.parts` holds its plan and one folder per
+unit that is done; the merge makes the shards of `OUT` from them, writes the manifest last and removes `.parts`. So a
+manifest means "complete", and `.parts` means "go on".
 """
 
+import hashlib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
-from data_prep.plan import Plan
+from data_prep.pack import REPORT_NAME, UnitReport
 from setclip.errors import InputError
-from setclip.files import write_json
+from setclip.files import remove, write_json
 from setclip.manifest import MANIFEST_NAME
 from setclip.objects import OBJECTS_NAME
 
-JOURNAL_NAME = ".preparing.json"
+WORK_NAME = ".parts"
+REPORT_PAGE = "report.html"
 
+_PLAN_NAME = "plan.json"
+_TARGETS_NAME = "targets.json"
+_SHARD = re.compile(r"[A-Za-z0-9_]+-\d{5}\.(tar|idx)")
 _PICTURES = "*/[0-9][0-9][0-9]*.jpg"  # of a folder of class directories
 
+State = Literal["new", "unfinished", "complete"]
 
-def claim(out: Path, plan: Plan, overwrite: bool) -> None:
-    """Makes `out` if need be, clears it if asked to, and notes what is going to be written.
 
-    Raises InputError if it holds anything and `overwrite` is not given, or if a file that is not ours is in the way;
-    nothing is removed then.
+def claim(out: Path, plan: dict[str, Any], overwrite: bool) -> State:
+    """Makes `out` if need be, clears it if asked to, and keeps `plan` (plain JSON values) in it.
+
+    Returns whether the folder was free, holds the same preparation unfinished, or holds it complete. Raises InputError
+    if it holds anything else and `overwrite` is not given, or if a file that is not ours is in the way; nothing is
+    removed then.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"expected a folder at {out}, found a file; choose another --out")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            names = sorted(path.name for path in out.iterdir())
+    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    # Other jobs of the same preparation may be claiming at this moment: an empty work folder is no stranger.
+    is_free = not found or (found == [WORK_NAME] and not (out / WORK_NAME / _PLAN_NAME).exists())
+    if not overwrite:
+        if MANIFEST_NAME in found and _planned(out) == digest(plan):
+            return "complete"
+        if MANIFEST_NAME not in found and (out / WORK_NAME / _PLAN_NAME).exists():
+            _check_same(out, plan)
+            return "unfinished"
+        if not is_free:
+            what = "a complete preparation of other data or settings" if MANIFEST_NAME in found else "entries"
             raise InputError(
-                f"expected an empty folder at {out}, found {len(names)} entries ({', '.join(names[:3])}"
-                f"{', …' if len(names) > 3 else ''}); choose another --out, or give --overwrite True to replace what an "
-                "earlier preparation wrote there"
+                f"expected an empty folder at {out}, found {what} ({', '.join(found[:3])}"
+                f"{', …' if len(found) > 3 else ''}; {len(found)} in all); choose another --out, or give --overwrite True to "
+                "replace what an earlier preparation wrote there"
             )
-        files, class_folders = _written_before(out)
-        strangers = [name for name in _targets(plan) if (out / name).exists() and name not in files | class_folders]
-        strangers += [str(p.relative_to(out)) for name in class_folders for p in _strangers_in(out / name)]
-        if strangers:
-            raise InputError(
-                f"expected {out} to be free for what will be written, found {strangers[0]}, which no preparation of ours "
-                "lists; move it away or choose another --out"
-            )
-        _clear(out, files, class_folders)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / JOURNAL_NAME, {"files": _targets(plan), "class_folders": list(plan.folders)})
+    elif not is_free:
+        _clear_for(out, plan["class_folders"])
+    (out / WORK_NAME).mkdir(parents=True, exist_ok=True)
+    write_json(out / WORK_NAME / _PLAN_NAME, plan)
+    return "new"
+
+
+def read_plan(out: Path) -> dict[str, Any]:
+    """Returns the plan of an unfinished preparation. Raises InputError if there is none in `out`."""
+    path = out / WORK_NAME / _PLAN_NAME
+    if not path.exists():
+        raise InputError(
+            f"expected an unfinished preparation in {out}, found no {path}; start one with "
+            f"`python -m data_prep.run SOURCE --out {out}`"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def unit_folder(out: Path, number: int) -> Path:
+    """Returns the folder of one unit's shards while the preparation runs."""
+    return out / WORK_NAME / f"{number:06d}"
+
+
+def unit_report(out: Path, number: int) -> UnitReport | None:
+    """Returns the report of a unit, or None where it is not done."""
+    path = unit_folder(out, number) / REPORT_NAME
+    if not path.exists():
+        return None
+    return UnitReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def clear_unfinished(out: Path, number: int) -> None:
+    """Removes what a killed process left of a unit."""
+    for path in (out / WORK_NAME).glob(f".{number:06d}.*"):
+        remove(path)
+
+
+def class_folder(out: Path, name: str) -> Path:
+    """Returns where a folder of class directories lies while the preparation runs."""
+    return out / WORK_NAME / name
+
+
+def digest(plan: dict[str, Any]) -> str:
+    """Returns a short hash of a plan, by which a complete folder is known again."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def announce(out: Path, files: Iterable[str], class_folders: Iterable[str]) -> None:
+    """Keeps the names that the merge is going to write into `out`, so that --overwrite knows them as ours."""
+    write_json(out / WORK_NAME / _TARGETS_NAME, {"files": list(files), "class_folders": list(class_folders)})
 
 
 def release(out: Path) -> None:
-    """Removes the journal, once the manifest is there."""
-    (out / JOURNAL_NAME).unlink()
+    """Removes the work folder, once the manifest is there."""
+    remove(out / WORK_NAME)
+    for partial in out.glob(".*.partial*"):  # of a run that was killed while it wrote
+        remove(partial)
 
 
-def _targets(plan: Plan) -> list[str]:
-    tars = [shard.name for shard in plan.shards]
-    indices = [str(Path(name).with_suffix(".idx")) for name in tars]
-    return [MANIFEST_NAME, OBJECTS_NAME, *tars, *indices, *plan.folders]
+def _planned(out: Path) -> Any:
+    """Returns the digest of the plan that the manifest carries, or None where it is not one of ours."""
+    try:
+        return json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8")).get("plan")
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
+        return None
+
+
+def _check_same(out: Path, plan: dict[str, Any]) -> None:
+    begun = read_plan(out)
+    if begun == plan:
+        return
+    differences = [name for name in plan.keys() | begun.keys() if plan.get(name) != begun.get(name)]
+    details = []
+    for name in sorted(differences):
+        old, new = begun.get(name), plan.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+            details += [f"{key} {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
+        elif isinstance(old, list) and isinstance(new, list):
+            details.append(f"{len(old)} {name}, now {len(new)}" + (" (others)" if len(old) == len(new) else ""))
+        else:
+            details.append(f"{name} {old!r}, now {new!r}")
+    raise InputError(
+        f"expected to go on with the preparation in {out}, which was begun with {'; '.join(details[:5])}. Start it with "
+        "the same settings and inputs, choose another --out, or give --overwrite True to begin anew"
+    )
+
+
+def _clear_for(out: Path, class_folders: list[str]) -> None:
+    files, folders = _written_before(out)
+    targets = {MANIFEST_NAME, OBJECTS_NAME, REPORT_PAGE, *class_folders}
+    strangers = [
+        path.name
+        for path in sorted(out.iterdir())
+        if (path.name in targets or _SHARD.fullmatch(path.name)) and path.name not in files | folders
+    ]
+    strangers += [str(p.relative_to(out)) for name in sorted(folders) for p in _strangers_in(out / name)]
+    if strangers:
+        raise InputError(
+            f"expected {out} to be free for what will be written, found {strangers[0]}, which no preparation of ours "
+            "lists; move it away or choose another --out"
+        )
+    _clear(out, files, folders)
 
 
 def _written_before(out: Path) -> tuple[set[str], set[str]]:
     """Returns names of files and of class folders that earlier runs list as theirs."""
     files: set[str] = set()
     class_folders: set[str] = set()
-    for name in (MANIFEST_NAME, JOURNAL_NAME):
-        if not (out / name).exists():
+    for path in (out / MANIFEST_NAME, out / WORK_NAME / _TARGETS_NAME):
+        if not path.exists():
             continue
         try:
-            content = json.loads((out / name).read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             tars = [shard["name"] for shard in content.get("shards", [])]
             indices = [str(Path(tar).with_suffix(".idx")) for tar in tars]
             folders = content.get("class_folders", content.get("config", {}).get("class_folders", []))
-            listed = {OBJECTS_NAME, *tars, *indices, *content.get("files", [])}
+            listed = {OBJECTS_NAME, REPORT_PAGE, *tars, *indices, *content.get("files", [])}
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"expected the list of an earlier preparation in {out / name}, found {error}; remove the folder yourself"
+                f"expected the list of an earlier preparation in {path}, found {error}; remove the folder yourself"
             ) from error
         # Names only: a list from elsewhere must not reach outside the folder.
-        files |= {Path(path).name for path in listed} | {name}
-        class_folders |= {Path(path).name for path in folders}
+        files |= {Path(name).name for name in listed} | ({MANIFEST_NAME} if path.name == MANIFEST_NAME else set())
+        class_folders |= {Path(name).name for name in folders}
     return files - class_folders, class_folders
 
 
@@ -94,8 +195,8 @@ def _clear(out: Path, files: set[str], class_folders: set[str]) -> None:
         for path in [*(out / name).glob("*/"), out / name]:
             if path.is_dir():
                 path.rmdir()
-    for partial in out.glob(".*.partial.*"):  # of a run that was killed while it wrote
-        partial.unlink()
-    lists = {MANIFEST_NAME, JOURNAL_NAME}
-    for name in [*sorted(files - lists), *sorted(files & lists)]:  # the lists last: killed here, one can start again
+    for partial in out.glob(".*.partial*"):  # of a run that was killed while it wrote
+        remove(partial)
+    for name in [*sorted(files - {MANIFEST_NAME}), MANIFEST_NAME]:  # the list last: killed here, one can start again
         (out / name).unlink(missing_ok=True)
+    remove(out / WORK_NAME)

@@ -1,17 +1,21 @@
 """Runs tasks in this process or in several; results come back in the order of the tasks either way.
 
-Used by `data_prep.run` and by sources that check their input. Processes are spawned, not forked: spaCy's libraries and
-whatever else this process has loaded may hold threads, which a fork does not survive.
+Used by `data_prep.run`, `data_prep.merge` and the commands that go over shards. Processes are spawned, not forked:
+spaCy's libraries and whatever else this process has loaded may hold threads, which a fork does not survive.
 """
 
+import ctypes
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from setclip.log import Meter
 
 T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1
 
 
 def num_processes(wanted: int) -> int:
@@ -20,28 +24,47 @@ def num_processes(wanted: int) -> int:
 
 
 def run_tasks(
-    tasks: Sequence[Callable[[], T]], processes: int, description: str, sizes: Sequence[int], unit: str = "samples"
+    tasks: Sequence[Callable[[], T]],
+    processes: int,
+    description: str,
+    sizes: Sequence[int],
+    unit: str = "samples",
+    seen: Callable[[T], str] | None = None,
 ) -> list[T]:
     """Returns what the tasks return, in their order. `sizes` says how far each brings the progress line.
 
-    A task is a top-level function or a partial of one. The first exception of a task ends the others and is raised.
+    A task is a top-level function or a partial of one. `seen` gets each result as it comes and returns a note for the
+    progress line. The first exception, of a task or of `seen`, ends the others and is raised.
     """
     processes = min(num_processes(processes), len(tasks))
     results: list[T] = []
     meter = Meter(sum(sizes), description, unit)
+
+    def take(result: T, size: int) -> None:
+        results.append(result)
+        meter.update(size, note=seen(result) if seen else "")
+
     try:
         if processes <= 1:
             for task, size in zip(tasks, sizes, strict=True):
-                results.append(task())
-                meter.update(size)
+                take(task(), size)
         else:
-            with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            with multiprocessing.get_context("spawn").Pool(processes, _die_with_parent, (os.getpid(),)) as pool:
                 for result, size in zip(pool.imap(_call, tasks), sizes, strict=True):
-                    results.append(result)
-                    meter.update(size)
+                    take(result, size)
     finally:
         meter.close()
     return results
+
+
+def _die_with_parent(parent: int) -> None:
+    """Has the kernel end this process when its parent is killed: a restarted job must not meet its own orphans."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):  # not Linux: an orphan ends with its task
+        return
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _call(task: Callable[[], T]) -> T:

@@ -2,35 +2,36 @@
 
     python -m data_prep.run scenes --out data/scenes
     python -m data_prep.run folder --images DIR_OR_TAR --captions FILE.jsonl --out data/mine
+    python -m data_prep.run cc12m --tars DIR --out data/cc12m
 
-`python -m data_prep.run SOURCE --help` lists the flags of a source. To add a source: a module in data_prep/sources with
-a config and a `plan` function, and one entry in SOURCES.
+`python -m data_prep.run SOURCE --help` lists the flags of a source. Killed at any time, the same command goes on where
+it was. Several jobs share the work with `--part I --parts N` (a Slurm array sets both); afterwards
+`python -m data_prep.merge OUT` makes one folder of it, with the same bytes as one job.
 """
 
-import dataclasses
-import itertools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from data_prep import output, parse_pos, statistics
+from data_prep import near, output
+from data_prep.merge import check_bad, merge
+from data_prep.pack import PackRules, UnitReport, pack_unit
 from data_prep.parallel import run_tasks
-from data_prep.parse_pos import PosConfig, PosParser
-from data_prep.plan import PrepareConfig, ShardPlan
-from data_prep.sources import folder, scenes
+from data_prep.plan import Plan, PrepareConfig
+from data_prep.sources import coco, corpora, cub, flickr30k, folder, parquet, scenes, tars
 from setclip.config import command, parse_recipe, to_dict
 from setclip.errors import InputError
-from setclip.log import say
+from setclip.files import replacing
+from setclip.log import say, warn
 from setclip.lookup import look_up
-from setclip.manifest import Manifest
-from setclip.shards import ShardInfo, ShardWriter
+from setclip.manifest import FORMAT_VERSION, Manifest
 
-_PARSED_AT_ONCE = 512  # samples held in memory while their captions are parsed
+_SAMPLES_BEFORE_CEILING = 2_000  # seen before a share of bad samples stops a job that is not at its end
 
 # Flags without influence on the samples: they stay out of the manifest, so that equal data has equal manifests.
-_NOT_DATA = ("out", "overwrite", "processes")
+_NOT_DATA = ("out", "overwrite", "processes", "part", "parts", "max_bad")
 
 
 @dataclass(frozen=True)
@@ -39,86 +40,129 @@ class Source:
 
     config: type[Any]
     """A dataclass derived from PrepareConfig."""
-    plan: Callable[[Any], Any]
-    """Config to `data_prep.plan.Plan`."""
+    plan: Callable[[Any], Plan]
 
 
 SOURCES: Mapping[str, Source] = {
     "scenes": Source(scenes.ScenesConfig, scenes.plan),
     "folder": Source(folder.FolderConfig, folder.plan),
+    "tars": Source(tars.TarsConfig, tars.plan),
+    "parquet": Source(parquet.ParquetConfig, parquet.plan),
+    "cc3m": Source(corpora.CorpusConfig, corpora.plan_cc3m),
+    "cc12m": Source(corpora.CorpusConfig, corpora.plan_cc12m),
+    "yfcc15m-clip": Source(corpora.YfccConfig, corpora.plan_yfcc15m_clip),
+    "yfcc15m-declip": Source(corpora.YfccConfig, corpora.plan_yfcc15m_declip),
+    "flickr30k": Source(flickr30k.Flickr30kConfig, flickr30k.plan),
+    "coco": Source(coco.CocoConfig, coco.plan),
+    "cub": Source(cub.CubConfig, cub.plan),
 }
 
 
-def prepare(source: str, config: PrepareConfig) -> Manifest:
-    """Carries out a source's plan in `config.out` and returns the manifest, which is written last."""
-    if config.shard_size < 1 or config.processes < 0 or not 0 <= config.max_bad <= 1:
-        raise InputError(
-            f"expected shard_size of at least 1, processes of at least 0 and max_bad from 0 to 1, found "
-            f"{config.shard_size}, {config.processes} and {config.max_bad}; choose other values"
-        )
+def prepare(source: str, config: PrepareConfig) -> Manifest | None:
+    """Carries out a source's plan, or this job's part of it, in `config.out`.
+
+    Returns the manifest, or None where this is one of several parts: their merge is another command.
+    """
+    part, parts = _part_of(config)
+    near.check_folders(config.decontaminate)
     plan = look_up(SOURCES, source, "source").plan(config)
-    output.claim(config.out, plan, config.overwrite)
-    pos = PosConfig(compound=config.compound, stop_words=tuple(config.stop_words))
-    made = run_tasks(
-        [partial(make_shard, shard, config.out, pos) for shard in plan.shards],
-        config.processes,
-        description="making shards",
-        sizes=[shard.samples for shard in plan.shards],
-    )
-    infos = [info for info, _ in made]
-    (version,) = {version for _, version in made}
-    for name, fill in plan.folders.items():
-        pictures = fill(config.out / name)
-        say(f"{name}: {pictures:,} held-out pictures in class folders")
-    counts = statistics.write_statistics(config.out, statistics.counted_shards(infos))
-    settings = {k: v for k, v in to_dict(config).items() if k not in _NOT_DATA}
-    manifest = Manifest(
-        source=source,
-        shards=infos,
-        dropped=plan.dropped,
-        pairs_listed=plan.pairs_listed,
-        pairs_present=sum(info.captions for info in infos),
-        config={**settings, "class_folders": list(plan.folders)},
-        parsers={parse_pos.NAME: version},
-        credits=plan.credits,
-    )
-    manifest.save(config.out)
-    output.release(config.out)
-    _say_summary(config.out, manifest, counts)
-    return manifest
-
-
-def make_shard(shard: ShardPlan, out: Path, pos: PosConfig) -> tuple[ShardInfo, str]:
-    """Writes one shard with parsed objects; returns its entry for the manifest and the parser's version."""
-    parser = pos_parser(pos)
-    with ShardWriter(out / shard.name, split=shard.split) as writer:
-        samples = iter(shard.make())
-        while block := list(itertools.islice(samples, _PARSED_AT_ONCE)):
-            parsed = iter(parser.parse([caption for sample in block for caption in sample.captions]))
-            for sample in block:
-                objects = {parse_pos.NAME: list(itertools.islice(parsed, len(sample.captions)))}
-                writer.add(dataclasses.replace(sample, objects={**sample.objects, **objects}))
-    return writer.info, parser.version
-
-
-@lru_cache(maxsize=1)
-def pos_parser(config: PosConfig) -> PosParser:
-    """Returns this process's parser: loading the language model takes a second."""
-    return PosParser(config)
-
-
-def _say_summary(out: Path, manifest: Manifest, counts: Mapping[str, statistics.ObjectCounts]) -> None:
-    for split, total in manifest.totals().items():
-        say(
-            f"{split}: {total['samples']:,} samples, {total['captions']:,} captions, {total['bytes'] / 1e6:,.1f} MB "
-            f"in {total['shards']:,} shards"
+    if len({unit.name for unit in plan.units}) != len(plan.units):
+        raise ValueError(f"source {source!r} plans units with equal names")
+    if not plan.units:
+        raise InputError(f"expected at least one input of source {source!r}, found none; check its paths")
+    if config.overwrite and parts > 1:
+        raise InputError(
+            f"expected --overwrite True from one job alone, found {parts} parts, which would remove each other's work; "
+            f"remove {config.out} first, or choose another --out"
         )
-    for reason, number in sorted(manifest.dropped.items(), key=lambda item: -item[1]):
-        say(f"dropped: {number:,} {reason}")
-    for parser, total in counts.items():
-        say(statistics.describe(parser, total))
-    say(f"{manifest.pairs_present:,} of {manifest.pairs_listed:,} pairs present")
-    say(f"shards, manifest and statistics: {out}")
+    settings = {name: value for name, value in to_dict(config).items() if name not in _NOT_DATA}
+    described = {
+        "source": source,
+        "config": settings,
+        "units": [unit.name for unit in plan.units],
+        "splits": [unit.split for unit in plan.units],
+        "class_folders": list(plan.folders),
+        "pairs_listed": plan.pairs_listed,
+        "credits": plan.credits,
+        "warnings": plan.warnings,
+        "format_version": FORMAT_VERSION,
+    }
+    state = output.claim(config.out, described, config.overwrite)
+    if state == "complete":
+        say(f"{config.out} is complete already, with these settings and inputs")
+        output.release(config.out)
+        return Manifest.load(config.out)
+    for text in plan.warnings:
+        warn(text)
+    _pack(plan, config, part, parts, is_resumed=state == "unfinished")
+    if parts > 1:
+        say(f"part {part} of {parts} is done; after the last one: python -m data_prep.merge {config.out}")
+        return None
+    return merge(config.out, config.processes, config.max_bad)
+
+
+def _pack(plan: Plan, config: PrepareConfig, part: int, parts: int, is_resumed: bool) -> None:
+    """Packs the units of this part that are not done."""
+    mine = range(part, len(plan.units), parts)
+    done = [report for number in mine if (report := output.unit_report(config.out, number)) is not None]
+    left = [number for number in mine if output.unit_report(config.out, number) is None]
+    if parts > 1:
+        say(f"part {part} of {parts}: {len(mine):,} of {len(plan.units):,} inputs")
+    if is_resumed:
+        say(f"going on: {len(done):,} of {len(mine):,} inputs were done before")
+    for number in left:
+        output.clear_unfinished(config.out, number)
+    rules = PackRules.from_config(config)
+    reports = list(done)
+
+    def seen(report: UnitReport) -> str:
+        reports.append(report)
+        if sum(each.samples_listed for each in reports) >= _SAMPLES_BEFORE_CEILING:
+            check_bad(reports, config.max_bad)
+        packed = sum(each.samples_present for each in reports)
+        lost = sum(each.samples_listed for each in reports) - packed
+        return f"{packed:,} samples, {lost:,} left out"
+
+    run_tasks(
+        [partial(pack_unit, plan.units[n], output.unit_folder(config.out, n), rules) for n in left],
+        config.processes,
+        description="packing",
+        sizes=[1] * len(left),
+        unit="inputs",
+        seen=seen,
+    )
+    check_bad(reports, config.max_bad)
+    for name, fill in plan.folders.items() if part == 0 else ():
+        folder = output.class_folder(config.out, name)
+        if not folder.exists():
+            with replacing(folder) as temporary:
+                pictures = fill(temporary)
+            say(f"{name}: {pictures:,} held-out pictures in class folders")
+
+
+def _part_of(config: PrepareConfig) -> tuple[int, int]:
+    """Returns (number of this job, number of jobs), from the flags or else from Slurm's array variables."""
+    if config.part is not None or config.parts is not None:
+        part, parts = config.part, config.parts
+        if part is None or parts is None or not 0 <= part < parts:
+            raise InputError(
+                f"expected --part I and --parts N together, with I from 0 to N - 1, found part {part} and parts {parts}"
+            )
+        return part, parts
+    if "SLURM_ARRAY_TASK_COUNT" not in os.environ:
+        return 0, 1
+    number, first, step, count = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", ""), ("MIN", "0"), ("STEP", "1"), ("COUNT", ""))
+    )
+    part = (number - first) // step
+    if not 0 <= part < count:
+        raise InputError(
+            f"expected the elements of the job array to be evenly spaced, found element {number} of {count} from {first} in "
+            f"steps of {step}; submit a plain range such as --array=0-{count - 1}, or give --part and --parts"
+        )
+    say(f"part {part} of {count}, from Slurm's job array")
+    return part, count
 
 
 def main() -> None:

@@ -6,10 +6,12 @@ Run by `data_prep.run` at its end, and again by hand after shards were parsed an
 because that is what a model sees; where there is no split "train", of all samples.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import tyro
 
 from setclip.config import command, parse
@@ -30,6 +32,10 @@ class StatisticsConfig:
     """Split to count; by default "train" where there is one, otherwise all."""
 
 
+_COUNTS = pa.schema([("name", pa.string()), ("count", pa.int64())])
+_TABLES_AT_ONCE = 100  # counted shards before their tables become one
+
+
 @dataclass
 class ObjectCounts:
     """What one parser found in a number of captions."""
@@ -38,8 +44,33 @@ class ObjectCounts:
     captions_without_object: int = 0
     mentions: int = 0
     """Objects of all captions, added up."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """Object name to the number of captions that contain it."""
+    _tables: list[pa.Table] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Object name to the number of captions that contain it."""
+        self._condense()
+        table = self._tables[0] if self._tables else _COUNTS.empty_table()
+        return dict(zip(table.column("name").to_pylist(), table.column("count").to_pylist(), strict=True))
+
+    def add(self, objects: pa.ChunkedArray) -> None:
+        """Counts one shard's lists (one a sample) of lists (one a caption) of distinct names; null samples are passed over."""
+        captions = pc.list_flatten(objects)
+        names = pc.list_flatten(captions)
+        self.captions += len(captions)
+        self.captions_without_object += pc.sum(pc.equal(pc.list_value_length(captions), 0)).as_py() or 0
+        self.mentions += len(names)
+        encoded = names.combine_chunks()
+        codes = encoded.indices.to_numpy(zero_copy_only=False)
+        counts = np.bincount(codes, minlength=len(encoded.dictionary))
+        self._tables.append(pa.table([encoded.dictionary, counts], schema=_COUNTS))
+        if len(self._tables) > _TABLES_AT_ONCE:
+            self._condense()
+
+    def _condense(self) -> None:
+        if len(self._tables) > 1:
+            summed = pa.concat_tables(self._tables).group_by("name").aggregate([("count", "sum")])
+            self._tables = [summed.rename_columns({"count_sum": "count"}).select(["name", "count"])]
 
     @property
     def objects_per_caption(self) -> float:
@@ -53,18 +84,14 @@ class ObjectCounts:
 
 
 def count_objects(folder: Path, shards: list[ShardInfo]) -> dict[str, ObjectCounts]:
-    """Returns parser name to what it found in the shards. A name that a caption lists twice counts once."""
+    """Returns parser name to what it found in the shards, read from their indices.
+
+    Memory is that of a hundred shards' vocabularies, however many shards there are.
+    """
     found: dict[str, ObjectCounts] = {}
     for info in progress(shards, description="counting objects", unit="shards"):
-        for sample in Shard(folder / info.name):
-            for parser, lists in sample.objects.items():
-                total = found.setdefault(parser, ObjectCounts())
-                for names in lists:
-                    distinct = set(names)
-                    total.captions += 1
-                    total.captions_without_object += not distinct
-                    total.mentions += len(distinct)
-                    total.counts.update(distinct)
+        for parser, objects in Shard(folder / info.name).object_lists().items():
+            found.setdefault(parser, ObjectCounts()).add(objects)
     return found
 
 

@@ -17,7 +17,8 @@ from setclip.provenance import describe
 from setclip.shards import Shard, ShardInfo
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+PARSING_NAME = ".parsing"  # of the folder that stands in for the manifest while data_prep.parse rewrites the shards
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +29,25 @@ class Manifest:
     shards: list[ShardInfo]
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason to the number of samples (or captions, where the reason says so) that were left out."""
+    samples_listed: int = 0
+    """Samples that the inputs hold or list: those in the shards and those that were dropped."""
     pairs_listed: int
     """Image–caption pairs that the source lists."""
     pairs_present: int
     """Pairs of these that are in the shards."""
+    resized: int = 0
+    """Images that were made smaller; the others have the bytes of the source."""
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of an input to its numbers of samples listed and packed, and what was dropped there by reason; duplicates
+    are found later, over all inputs, and are in `dropped` alone."""
+    warnings: list[str] = field(default_factory=list)
+    """What is odd about the inputs as a whole."""
     config: dict[str, Any] = field(default_factory=dict)
     parsers: dict[str, str] = field(default_factory=dict)
     """Parser name to its version, that of the normaliser included."""
     credits: list[str] = field(default_factory=list)
+    plan: str = ""
+    """Digest of the settings and inputs: the same preparation started again finds itself complete."""
     provenance: dict[str, Any] = field(default_factory=describe)
     format_version: int = FORMAT_VERSION
 
@@ -76,6 +88,11 @@ class Manifest:
         if not path.exists():
             if not folder.exists():
                 found = "no such folder"
+            elif (folder / PARSING_NAME).exists():
+                raise InputError(
+                    f"expected shards with a manifest at {path}, found an unfinished parse; start it again: "
+                    f"`python -m data_prep.parse {folder}`"
+                )
             elif tars := sorted(folder.glob("*.tar")):
                 found = f"{len(tars)} tars without a manifest (an interrupted or foreign preparation)"
             else:
@@ -86,15 +103,23 @@ class Manifest:
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: expected a Setclip manifest, found {error}; prepare the shards again") from error
+        return cls.from_json(content, path)
+
+    @classmethod
+    def from_json(cls, content: Any, path: Path) -> "Manifest":
+        """Returns the manifest of its JSON. `path` is for the message of the InputError where it is not ours."""
+        try:
             if content.get("format_version") != FORMAT_VERSION:
                 raise InputError(
                     f"{path}: expected format_version {FORMAT_VERSION}, found {content.get('format_version')!r}; "
                     "prepare the shards again with this version"
                 )
-            content.pop("totals", None)
+            content = {name: value for name, value in content.items() if name != "totals"}
             content["shards"] = [ShardInfo(**shard) for shard in content["shards"]]
             return cls(**content)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: expected a Setclip manifest, found {error}; prepare the shards again") from error
 
     def identity(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ text, so it takes the page's font and can be read aloud and searched.
 """
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,14 +126,58 @@ def grouped_bars(
         return _svg(figure, alt)
 
 
-def rank_frequency(names: Sequence[str], counts: Sequence[int], num_head: int, num_tail: int, alt: str) -> Markup:
-    """Counts by rank, both logarithmic, with the head and the tail marked and some objects named."""
+def histogram(
+    counts: Sequence[float],
+    edges: Sequence[float],
+    x_label: str,
+    y_label: str,
+    alt: str,
+    ticks: Mapping[float, str] | None = None,
+) -> Markup:
+    """Bars that touch: `counts[i]` lies between `edges[i]` and `edges[i + 1]`. With `ticks` (place to text) the x axis is
+    logarithmic, for ratios.
+    """
+    with _drawing(alt) as (figure, axes):
+        widths = [high - low for low, high in itertools.pairwise(edges)]
+        axes.bar(edges[:-1], counts, widths, align="edge", color=_SERIES[0], edgecolor=_GRID, lw=0.4)
+        if ticks is not None:
+            axes.set_xscale("log")
+            axes.set_xticks(list(ticks), list(ticks.values()))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.tick_params(axis="x", which="minor", length=0)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        around = 0.0 if ticks is not None else max(0.0, 5 - (edges[-1] - edges[0])) / 2  # one value: not the whole width
+        axes.set_xlim(edges[0] - around, edges[-1] + around)
+        axes.set_ylim(0, max([*counts, 1e-9]) * 1.08)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        return _svg(figure, alt)
+
+
+def rank_frequency(
+    names: Sequence[str],
+    counts: Sequence[int],
+    num_head: int,
+    num_tail: int,
+    alt: str,
+    most_points: int | None = None,
+) -> Markup:
+    """Counts by rank, both logarithmic, with the head and the tail marked and some objects named.
+
+    With `most_points` a long list is drawn at about that many ranks, evenly spaced on the axis.
+    """
     with _drawing(alt, height=3.4) as (figure, axes):
         total = len(names)
         axes.axvspan(0.8, num_head + 0.5, color=_HEAD, alpha=0.14, lw=0)
         axes.axvspan(total - num_tail + 0.5, total * 1.2, color=_TAIL, alpha=0.16, lw=0)
-        ranks = range(1, total + 1)
-        axes.plot(ranks, counts, color=_SERIES[0], lw=0, marker="o", ms=3.2)
+        ranks: Sequence[int] = range(1, total + 1)
+        if most_points is not None and total > most_points:
+            ranks = sorted({round(total ** (step / (most_points - 1))) for step in range(most_points)})
+        axes.plot(ranks, [counts[rank - 1] for rank in ranks], color=_SERIES[0], lw=0, marker="o", ms=3.2)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(0.8, total * 1.2)

@@ -13,12 +13,21 @@ from types import ModuleType
 from typing import Any, Literal
 
 import jinja2
+import numpy as np
+import simplejpeg
 from markupsafe import Markup
+from PIL import Image
 
+from setclip.decode import DecodeError, decode_rgb
 from setclip.files import replacing
 from setclip.shards import Shard
 
 _MEDIA_TYPES = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+_TILE = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 160 160"><path fill="#8a8f98" d="M0 0h160v160H0z"/>'
+    b'<text x="80" y="76" fill="#fff" font-family="sans-serif" font-size="15" text-anchor="middle">cannot be'
+    b'<tspan x="80" dy="20">decoded</tspan></text></svg>'
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,10 @@ class SampleCard:
     picture: Picture
     caption: str
     pills: Sequence[Pill]
+    further: Sequence[str] = ()
+    """Its other captions."""
+    note: str = ""
+    """A small line below, such as its key."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,23 @@ def picture(data: bytes, extension: str, alt: str) -> Picture:
     return Picture(f"data:{_MEDIA_TYPES[extension.lower()]};base64,{base64.b64encode(data).decode()}", alt)
 
 
+def thumbnail(data: bytes, alt: str, side: int = 160) -> Picture:
+    """Returns an image made small, as a JPEG of at most `side` pixels in either direction.
+
+    One that cannot be decoded becomes a grey tile that says so, in words as well.
+    """
+    try:
+        pixels = decode_rgb(data, min_size=side)
+    except DecodeError as error:
+        return Picture(f"data:image/svg+xml;base64,{base64.b64encode(_TILE).decode()}", f"no picture ({error}): {alt}")
+    height, width = pixels.shape[:2]
+    scale = min(1.0, side / max(height, width))
+    if scale < 1:
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
+    return picture(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=80), "jpg", alt)
+
+
 class PictureBook:
     """Finds pictures by key in shards. The indices are read once; a picture when it is asked for."""
 
@@ -197,6 +227,11 @@ def gallery(queries: Sequence[Query]) -> Markup:
 def table(content: Table) -> Markup:
     """A table that scrolls sideways where it is too wide."""
     return _blocks().table(content)
+
+
+def bar(share: float) -> Markup:
+    """A bar for a table's cell, `share` (0 to 1) of its width; the number itself belongs into a cell beside it."""
+    return _blocks().bar(min(1.0, max(0.0, share)))
 
 
 def timings(steps: Sequence[tuple[str, float, str]]) -> Markup:

@@ -6,12 +6,12 @@ one ranged read. docs/formats.md describes both, and says why the index is not `
 """
 
 import contextlib
+import dataclasses
 import hashlib
-import io
 import json
 import mmap
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from setclip.files import replacing
 
 KEY_LENGTH = 24  # hex digits of the image's SHA-256: 96 bits, no collision to fear at a billion images
 
-_INDEX_SCHEMA = pa.schema(
+_PLACES = pa.schema(
     [
         ("key", pa.string()),
         ("image_ext", pa.string()),
@@ -36,8 +36,18 @@ _INDEX_SCHEMA = pa.schema(
         ("image_size", pa.int64()),
         ("json_offset", pa.int64()),
         ("json_size", pa.int64()),
+        ("pair_hash", pa.binary(16)),  # of image and captions: equal for exact duplicates
     ]
 )
+_OBJECTS = "objects."  # prefix of a parser's column
+_OBJECTS_TYPE = pa.list_(
+    pa.field("element", pa.list_(pa.field("element", pa.string(), nullable=False)), nullable=False)
+)
+_LEAF = ".list.element.list.element"  # what Parquet appends to the name of such a column, where its values lie
+_FEATURES = "feature."  # prefix of a column of whole numbers that a preparation added, one a sample
+_HEADER_END = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)  # of a regular file without owner
+_HEADER_END_SUM = sum(_HEADER_END)
+_RESERVED = frozenset(("key", "captions", "objects", "width", "height", "sha256", "url"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,11 @@ class Sample:
     """Further entries of the JSON, kept as they are."""
 
     def __post_init__(self) -> None:
+        if not _RESERVED.isdisjoint(self.extra):
+            raise InputError(
+                f"sample {self.key}: expected extra entries under names of their own, found "
+                f"{sorted(_RESERVED & self.extra.keys())}, which the format uses; rename them"
+            )
         for parser, lists in self.objects.items():
             if len(lists) != len(self.captions):
                 raise InputError(
@@ -89,6 +104,12 @@ def key_of(image: bytes) -> tuple[str, str]:
     return digest[:KEY_LENGTH], digest
 
 
+def pair_hash(sha256: str, captions: Sequence[str]) -> bytes:
+    """Returns 16 bytes that are equal for samples with the same source image and the same captions."""
+    text = "\0".join((sha256, *captions))
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 class ShardWriter:
     """Writes one shard and its index; both appear under their names only when the `with` block ends without error.
 
@@ -106,7 +127,9 @@ class ShardWriter:
         self.split = split
         self.samples = self.captions = self.bytes = 0
         self._digest = hashlib.sha256()
-        self._rows: list[tuple[str, str, int, int, int, int, int, int]] = []
+        self._places: list[tuple[Any, ...]] = []
+        self._objects: dict[str, list[list[list[str]] | None]] = {}
+        self._features: dict[str, list[int | None]] = {}
 
     def __enter__(self) -> "ShardWriter":
         self._stack = contextlib.ExitStack()
@@ -115,9 +138,8 @@ class ShardWriter:
         self._file = self._stack.enter_context(open(temporary, "wb"))
         return self
 
-    def add(self, sample: Sample) -> None:
-        """Appends one sample. Its members are written together, image first."""
-        start = self.bytes
+    def add(self, sample: Sample, features: Mapping[str, int | None] | None = None) -> None:
+        """Appends one sample, its members together, image first. `features` are numbers for the index alone."""
         record = {
             "key": sample.key,
             "captions": sample.captions,
@@ -129,20 +151,58 @@ class ShardWriter:
             **sample.extra,
         }
         encoded = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-        image_offset = self._member(f"{sample.key}.{sample.image_ext}", sample.image)
-        self._member(f"{sample.key}.txt", (sample.captions[0] if sample.captions else "").encode())
-        json_offset = self._member(f"{sample.key}.json", encoded)
-        place = (start, self.bytes, image_offset, len(sample.image), json_offset, len(encoded))
-        self._rows.append((sample.key, sample.image_ext, *place))
-        self.samples += 1
-        self.captions += len(sample.captions)
+        text = (sample.captions[0] if sample.captions else "").encode()
+        parts: list[bytes] = []
+        end = self.bytes
+        offsets = []
+        for extension, data in ((sample.image_ext, sample.image), ("txt", text), ("json", encoded)):
+            padding = -len(data) % tarfile.BLOCKSIZE
+            parts += (tar_header(f"{sample.key}.{extension}", len(data)), data, bytes(padding))
+            offsets.append(end + tarfile.BLOCKSIZE)
+            end += tarfile.BLOCKSIZE + len(data) + padding
+        place = (self.bytes, end, offsets[0], len(sample.image), offsets[2], len(encoded))
+        same = pair_hash(sample.sha256, sample.captions)
+        distinct = {parser: [list(dict.fromkeys(names)) for names in each] for parser, each in sample.objects.items()}
+        self._append(
+            b"".join(parts),
+            (sample.key, sample.image_ext, *place, same),
+            len(sample.captions),
+            distinct,
+            features or {},
+        )
+
+    def copy(self, shard: "Shard", row: int, **changes: Any) -> None:
+        """Appends a sample of another shard: byte by byte, or with changes of its fields (`key="…"`)."""
+        entry = shard.entry(row)
+        features = {name.removeprefix(_FEATURES): v for name, v in entry.items() if name.startswith(_FEATURES)}
+        if changes:
+            self.add(dataclasses.replace(shard.read(row), **changes), features)
+            return
+        shift = self.bytes - entry["start"]
+        offsets = ("start", "end", "image_offset", "json_offset")
+        place = tuple(entry[name] + shift if name in offsets else entry[name] for name in _PLACES.names)
+        objects = {name.removeprefix(_OBJECTS): v for name, v in entry.items() if name.startswith(_OBJECTS)}
+        captions = len(next(iter(objects.values()))) if objects else len(shard.read(row).captions)
+        self._append(shard.read_bytes(entry["start"], entry["end"]), place, captions, objects, features)
 
     def __exit__(self, kind, value, traceback) -> None:
         if kind is None:
-            self._write(b"\0" * (2 * tarfile.BLOCKSIZE))
+            self._write(bytes(2 * tarfile.BLOCKSIZE))
             self._file.flush()
-            columns = [[row[i] for row in self._rows] for i in range(len(_INDEX_SCHEMA))]
-            pq.write_table(pa.table(columns, schema=_INDEX_SCHEMA), self._index_path)
+            columns = [pa.array([row[i] for row in self._places], field.type) for i, field in enumerate(_PLACES)]
+            names = list(_PLACES.names)
+            for parser in sorted(self._objects):
+                names.append(_OBJECTS + parser)
+                columns.append(pa.array(self._objects[parser], _OBJECTS_TYPE))
+            for feature in sorted(self._features):
+                names.append(_FEATURES + feature)
+                columns.append(pa.array(self._features[feature], pa.int64()))
+            # Names of objects are dictionary-encoded; compressed as well, they would take twice the time to count.
+            compression = {
+                name + _LEAF * name.startswith(_OBJECTS): "none" if name.startswith(_OBJECTS) else "snappy"
+                for name in names
+            }
+            pq.write_table(pa.table(columns, names=names), self._index_path, compression=compression)
             self.info = ShardInfo(
                 name=self.path.name,
                 split=self.split,
@@ -153,19 +213,44 @@ class ShardWriter:
             )
         self._stack.__exit__(kind, value, traceback)  # renames the tar, then the index
 
-    def _member(self, name: str, data: bytes) -> int:
-        header = tarfile.TarInfo(name)
-        header.size = len(data)
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.bytes
+    def _append(
+        self,
+        data: bytes,
+        place: tuple[Any, ...],
+        captions: int,
+        objects: Mapping[str, list[list[str]] | None],
+        features: Mapping[str, int | None],
+    ) -> None:
         self._write(data)
-        self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
-        return offset
+        self._places.append(place)
+        _append_row(self._objects, objects, self.samples)
+        _append_row(self._features, features, self.samples)
+        self.samples += 1
+        self.captions += captions
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._digest.update(data)
         self.bytes += len(data)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """Returns the 512 bytes that `tarfile` writes for a regular file of that name (at most 100 bytes) and size."""
+    encoded = name.encode()
+    if len(encoded) > 100 or size >= 8**11:
+        raise InputError(f"expected a name of at most 100 bytes and less than 8 GiB, found {name!r} of {size} bytes")
+    number = b"%011o\0" % size
+    before = encoded.ljust(100, b"\0") + b"0000644\x000000000\x000000000\0" + number + b"00000000000\0"
+    checksum = sum(before) + 8 * ord(" ") + _HEADER_END_SUM
+    return before + b"%06o\0 " % checksum + _HEADER_END
+
+
+def _append_row(columns: dict[str, list], row: Mapping[str, Any], rows_before: int) -> None:
+    """Appends one row to columns that need not all be in every row; where one is missing it holds None."""
+    for name in row.keys() - columns.keys():
+        columns[name] = [None] * rows_before
+    for name, column in columns.items():
+        column.append(row.get(name))
 
 
 class Shard:
@@ -217,15 +302,57 @@ class Shard:
         image = data[image_offset : image_offset + image_size]
         return key, image_ext, image, data[json_offset : json_offset + json_size]
 
+    def read_bytes(self, start: int, end: int) -> bytes:
+        """Returns a range of the tar."""
+        return self._bytes[start:end]
+
+    def entry(self, row: int) -> dict[str, Any]:
+        """Returns the index's row: where the sample's members lie, its pair hash, objects and features."""
+        return {name: column[row] for name, column in self._entries.items()}
+
     def __iter__(self) -> Iterator[Sample]:
         return (self.read(row) for row in range(len(self)))
 
-    @cached_property
-    def _index(self) -> pa.Table:
+    def object_lists(self) -> dict[str, pa.ChunkedArray]:
+        """Returns parser to the distinct objects of each caption, (samples,) lists of lists of dictionary-encoded strings.
+
+        Read from the index alone. Captions of samples that a parser did not see are null.
+        """
+        try:
+            metadata = pq.read_metadata(self._index_path)
+            columns = {metadata.schema.column(i).path.removesuffix(_LEAF) for i in range(metadata.num_columns)}
+            names = sorted(name for name in columns if name.startswith(_OBJECTS))
+            leaves = [name + _LEAF for name in names]
+            with pq.ParquetFile(self._index_path, metadata=metadata, read_dictionary=leaves, pre_buffer=False) as file:
+                table = file.read(columns=names, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise self._bad_index(error) from error
+        return {name.removeprefix(_OBJECTS): table.column(name) for name in names}
+
+    @property
+    def _index_path(self) -> Path:
         path = self.path.with_suffix(".idx")
         if not path.exists():
             raise InputError(f"expected the index {path} beside the shard, found none; prepare the shards again")
-        return pq.read_table(path, schema=_INDEX_SCHEMA)
+        return path
+
+    def _read_index(self, columns: list[str] | None = None) -> pa.Table:
+        try:
+            return pq.read_table(self._index_path, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise self._bad_index(error) from error
+
+    def _bad_index(self, error: Exception) -> InputError:
+        path = self.path.with_suffix(".idx")
+        return InputError(f"expected an index at {path}, found {error}; prepare the shards again")
+
+    @cached_property
+    def _index(self) -> pa.Table:
+        return self._read_index(_PLACES.names)
+
+    @cached_property
+    def _entries(self) -> dict[str, list]:
+        return self._read_index().to_pydict()
 
     @cached_property
     def _columns(self) -> list[Any]:
@@ -239,32 +366,6 @@ class Shard:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}  # the map of the file is made again in another process
-
-
-def scan_tar(path: str | Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yields (key, extension to bytes) for each group of members with one base name, as WebDataset groups them.
-
-    For tars that others made. Names that are absolute or climb with ".." are refused.
-    """
-    group: dict[str, bytes] = {}
-    current = None
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if not member.isfile():
-                continue
-            if member.name.startswith("/") or ".." in Path(member.name).parts:
-                raise InputError(f"{path}: member {member.name!r} would leave the folder; such tars are not read")
-            folder, _, name = member.name.rpartition("/")
-            base, _, extension = name.partition(".")
-            key = f"{folder}/{base}" if folder else base
-            if key != current and current is not None:
-                yield current, group
-                group = {}
-            current = key
-            file = tar.extractfile(member) or io.BytesIO()
-            group[extension.lower()] = file.read()
-    if current is not None:
-        yield current, group
 
 
 def is_image_extension(extension: str) -> bool:

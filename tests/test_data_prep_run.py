@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_prep import run
+from data_prep import merge, run
 from data_prep.run import prepare
 from data_prep.sources.scenes import ScenesConfig
 from setclip.errors import InputError
@@ -47,7 +47,7 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path):
 
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match=r"expected an empty folder at .*found 1 entries \(mine.txt\).*--overwrite"):
+    with pytest.raises(InputError, match=r"expected an empty folder at .*found entries \(mine.txt; 1 in all\).*--overwrite"):
         prepare("scenes", scenes(tmp_path))
     assert contents(tmp_path) == {"mine.txt": b"x"}
 
@@ -70,7 +70,7 @@ def test_what_an_interrupted_run_left_can_be_overwritten(tmp_path, monkeypatch):
     def killed(*_):
         raise Killed
 
-    monkeypatch.setattr(run.statistics, "write_statistics", killed)
+    monkeypatch.setattr(merge.statistics, "write_statistics", killed)
     with pytest.raises(Killed):
         prepare("scenes", scenes(tmp_path))
     monkeypatch.undo()
@@ -99,7 +99,7 @@ def test_overwrite_removes_nothing_where_a_class_folder_holds_files_of_others(tm
 
 def test_an_unknown_source_is_answered_with_the_nearest(monkeypatch):
     monkeypatch.setattr("sys.argv", ["run", "scnes", "--out", "x"])
-    with pytest.raises(InputError, match="unknown source 'scnes', perhaps 'scenes'; known: folder, scenes"):
+    with pytest.raises(InputError, match="unknown source 'scnes', perhaps 'scenes'; known: cc12m, cc3m, coco, cub, "):
         run.main()
 
 

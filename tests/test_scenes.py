@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from data_prep.parse_pos import PosParser
-from data_prep.plan import ShardPlan
 from data_prep.sources.draws import Draws
 from data_prep.sources.scene_art import Art, paste
 from data_prep.sources.scene_captions import plural
 from data_prep.sources.scene_words import all_nouns, vocabulary
-from data_prep.sources.scenes import SceneMaker, ScenesConfig, draw_samples, encode, plan, write_singles
+from data_prep.sources.scenes import SceneMaker, ScenesConfig, draw_records, encode, plan, write_singles
 from setclip.decode import decode_rgb
 from setclip.errors import InputError
+from setclip.shards import key_of
 
 
 @pytest.fixture(scope="module")
@@ -147,16 +147,14 @@ def test_pasting_an_opaque_picture_replaces_and_a_clear_one_leaves_the_ground():
 def test_shards_cover_all_scenes_once_whatever_their_size(tmp_path):
     def keys(shard_size: int) -> list[str]:
         config = ScenesConfig(out=tmp_path, samples=25, test_samples=5, nouns=30, shard_size=shard_size)
-        shards: list[ShardPlan] = plan(config).shards
-        return [sample.key for shard in shards for sample in shard.make()]
+        return [key_of(record.image)[0] for unit in plan(config).units for record in unit.read()]
 
     assert len(set(keys(7))) == 30
     assert keys(7) == keys(25)
 
 
-def test_samples_carry_what_was_drawn_and_no_parsed_objects():
-    (sample,) = draw_samples(30, 64, 0, "train", 3, 4)
-    assert sample.objects == {}
+def test_records_carry_what_was_drawn():
+    (sample,) = draw_records(30, 64, 0, "train", 3, 4)
     assert sample.extra["drawn"] == SceneMaker(30, 64, 0).scene("train", 3).drawn
     assert decode_rgb(sample.image).shape == (64, 64, 3)
 

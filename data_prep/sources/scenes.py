@@ -6,7 +6,6 @@ each. A caption leaves objects out, as captions do; the generator's own list is 
 checks, never for training.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,7 +15,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from data_prep.plan import Plan, PrepareConfig, ShardPlan
+from data_prep.plan import Plan, PrepareConfig, Record, Unit
 from data_prep.sources.draws import Draws
 from data_prep.sources.scene_art import (
     OPENMOJI_CREDIT,
@@ -29,7 +28,6 @@ from data_prep.sources.scene_art import (
 from data_prep.sources.scene_captions import Placed, write_caption
 from data_prep.sources.scene_words import vocabulary
 from setclip.errors import InputError
-from setclip.shards import KEY_LENGTH, Sample
 
 JPEG_QUALITY = 90
 OBJECTS_PER_SCENE = (0.2, 0.3, 0.3, 0.2)  # probabilities of 1, 2, 3 and 4
@@ -69,6 +67,7 @@ class ScenesConfig(PrepareConfig):
     """Most samples in one shard; smaller than for photographs, because a scene takes 2 kB."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 48 <= self.size <= 96:
             raise InputError(f"expected a size of 48 to 96 pixels, found {self.size}; choose --size in that range")
         if self.samples < 1 or self.test_samples < 0 or self.zeroshot_per_noun < 0:
@@ -176,22 +175,15 @@ def encode(pixels: NDArray[np.uint8]) -> bytes:
     return simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
 
 
-def draw_samples(nouns: int, size: int, seed: int, split: str, start: int, stop: int) -> Iterator[Sample]:
-    """Yields scenes `start` to `stop` of a split as samples without parsed objects."""
+def draw_records(nouns: int, size: int, seed: int, split: str, start: int, stop: int) -> Iterator[Record]:
+    """Yields scenes `start` to `stop` of a split."""
     maker = scene_maker(nouns, size, seed)
     for number in range(start, stop):
         scene = maker.scene(split, number)
-        image = encode(scene.pixels)
-        digest = hashlib.sha256(image).hexdigest()
-        yield Sample(
-            key=digest[:KEY_LENGTH],
-            image=image,
-            image_ext="jpg",
+        yield Record(
+            image=encode(scene.pixels),
             captions=[scene.caption],
-            objects={},
-            width=size,
-            height=size,
-            sha256=digest,
+            name=f"{split} scene {number}",
             extra={"drawn": scene.drawn},
         )
 
@@ -208,13 +200,13 @@ def write_singles(nouns: int, size: int, seed: int, style: str, per_noun: int, f
 
 
 def plan(config: ScenesConfig) -> Plan:
-    """Returns the shards and class folders that make the corpus."""
-    shards = []
+    """Returns the units and class folders that make the corpus; a unit is one shard's scenes."""
+    units = []
     for split, total in (("train", config.samples), ("test", config.test_samples)):
-        for number, start in enumerate(range(0, total, config.shard_size)):
+        for start in range(0, total, config.shard_size):
             stop = min(start + config.shard_size, total)
-            make = partial(draw_samples, config.nouns, config.size, config.seed, split, start, stop)
-            shards.append(ShardPlan(name=f"{split}-{number:05d}.tar", split=split, samples=stop - start, make=make))
+            read = partial(draw_records, config.nouns, config.size, config.seed, split, start, stop)
+            units.append(Unit(name=f"{split} scenes {start} to {stop}", split=split, read=read))
     folders = {}
     credits = [TWEMOJI_CREDIT]
     if config.zeroshot_per_noun:
@@ -226,8 +218,7 @@ def plan(config: ScenesConfig) -> Plan:
             folders[name] = partial(
                 write_singles, config.nouns, config.size, config.seed, style, config.zeroshot_per_noun
             )
-    total = config.samples + config.test_samples
-    return Plan(shards=shards, folders=folders, dropped={}, pairs_listed=total, credits=credits)
+    return Plan(units=units, folders=folders, credits=credits)
 
 
 def _step(cumulative: list[float], value: float) -> int:
