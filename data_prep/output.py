@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from data_prep.pack import REPORT_NAME, UnitReport
 from setclip.errors import InputError
-from setclip.files import remove, write_json
+from setclip.files import remove, remove_partial, write_json
 from setclip.manifest import MANIFEST_NAME
 from setclip.objects import OBJECTS_NAME
 
@@ -87,8 +87,7 @@ def unit_report(out: Path, number: int) -> UnitReport | None:
 
 def clear_unfinished(out: Path, number: int) -> None:
     """Removes what a killed process left of a unit."""
-    for path in (out / WORK_NAME).glob(f".{number:06d}.*"):
-        remove(path)
+    remove_partial(out / WORK_NAME, f"{number:06d}")
 
 
 def class_folder(out: Path, name: str) -> Path:
@@ -109,8 +108,7 @@ def announce(out: Path, files: Iterable[str], class_folders: Iterable[str]) -> N
 def release(out: Path) -> None:
     """Removes the work folder, once the manifest is there."""
     remove(out / WORK_NAME)
-    for partial in out.glob(".*.partial*"):  # of a run that was killed while it wrote
-        remove(partial)
+    remove_partial(out)
 
 
 def _planned(out: Path) -> Any:
@@ -195,8 +193,7 @@ def _clear(out: Path, files: set[str], class_folders: set[str]) -> None:
         for path in [*(out / name).glob("*/"), out / name]:
             if path.is_dir():
                 path.rmdir()
-    for partial in out.glob(".*.partial*"):  # of a run that was killed while it wrote
-        remove(partial)
+    remove_partial(out)
     for name in [*sorted(files - {MANIFEST_NAME}), MANIFEST_NAME]:  # the list last: killed here, one can start again
         (out / name).unlink(missing_ok=True)
     remove(out / WORK_NAME)

@@ -25,7 +25,7 @@ from data_prep.parallel import run_tasks
 from data_prep.parse_pos import STOP_WORDS, PosConfig
 from setclip.config import command, parse
 from setclip.errors import InputError
-from setclip.files import remove, write_json
+from setclip.files import remove, remove_partial, write_json
 from setclip.log import say
 from setclip.manifest import MANIFEST_NAME, PARSING_NAME, Manifest, check_shards
 from setclip.shards import Shard, ShardInfo, ShardWriter
@@ -62,6 +62,7 @@ def parse_again(config: ParseConfig) -> Manifest:
         manifest = Manifest.load(config.folder)
         if manifest.parsers.get(parse_pos.NAME) == version:
             remove(work)  # all that a kill behind the manifest leaves
+            remove_partial(config.folder)
             say(f"{config.folder} is parsed already by {version}")
             return manifest
         check_shards(config.folder, manifest.shards)
@@ -86,6 +87,7 @@ def parse_again(config: ParseConfig) -> Manifest:
     report.write_report(config.folder, manifest)
     manifest.save(config.folder)
     remove(work)
+    remove_partial(config.folder)
     for parser, total in counts.items():
         say(statistics.describe(parser, total))
     return manifest

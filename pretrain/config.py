@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -162,13 +163,11 @@ def _at_scale(dataset: str, model: str) -> PretrainConfig:
     )
 
 
+_CORPORA = ("cc3m", "cc12m", "yfcc15m-clip", "yfcc15m-declip")
+
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "tiny": tiny,
     "photos": photos,
-    "cc3m": lambda: _at_scale("cc3m", "ViT-B-32"),
-    "cc12m": lambda: _at_scale("cc12m", "ViT-B-32"),
-    "yfcc15m": lambda: _at_scale("yfcc15m", "ViT-B-32"),
-    "cc3m-b16": lambda: _at_scale("cc3m", "ViT-B-16"),
-    "cc12m-b16": lambda: _at_scale("cc12m", "ViT-B-16"),
-    "yfcc15m-b16": lambda: _at_scale("yfcc15m", "ViT-B-16"),
+    **{name: partial(_at_scale, name, "ViT-B-32") for name in _CORPORA},
+    **{f"{name}-b16": partial(_at_scale, name, "ViT-B-16") for name in _CORPORA},
 }

@@ -5,6 +5,7 @@ mistyped key in a file gets the same "Perhaps you meant" as a mistyped flag. Use
 """
 
 import dataclasses
+import errno
 import os
 import sys
 import typing
@@ -20,6 +21,9 @@ from setclip.log import say
 from setclip.lookup import look_up
 
 T = TypeVar("T")
+
+# A full disk and the like: what a user mends, not we.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 # Booleans are `--resume True|False`, alike in files and on the command line; a bare `--resume` means True.
 _MARKERS = (tyro.conf.FlagConversionOff,)
@@ -91,6 +95,10 @@ def command(main: Callable[[], None]) -> None:
         if os.environ.get("SETCLIP_TRACEBACK"):
             raise
         _fail(str(error))
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE or os.environ.get("SETCLIP_TRACEBACK"):
+            raise
+        _fail(f"expected to read and write files, found {error}; mend that (free space, permissions) and start again")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

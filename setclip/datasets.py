@@ -20,17 +20,19 @@ class DatasetPlace:
     """The command that makes it, or where it comes from."""
 
 
+def _prepared(name: str, inputs: str) -> DatasetPlace:
+    return DatasetPlace(folder=name, how_to_get=f"python -m data_prep.run {name} {inputs} --out {{folder}}")
+
+
 DATASETS: dict[str, DatasetPlace] = {
     "scenes": DatasetPlace(folder="scenes", how_to_get="python -m data_prep.run scenes --out {folder}"),
-    "cc3m": DatasetPlace(
-        folder="cc3m", how_to_get="python -m data_prep.run folder --images DIR --captions FILE.jsonl --out {folder}"
-    ),
-    "cc12m": DatasetPlace(
-        folder="cc12m", how_to_get="python -m data_prep.run folder --images DIR --captions FILE.jsonl --out {folder}"
-    ),
-    "yfcc15m": DatasetPlace(
-        folder="yfcc15m", how_to_get="python -m data_prep.run folder --images DIR --captions FILE.jsonl --out {folder}"
-    ),
+    "cc3m": _prepared("cc3m", "--tars DIR"),
+    "cc12m": _prepared("cc12m", "--tars DIR"),
+    "yfcc15m-clip": _prepared("yfcc15m-clip", "--tars DIR"),
+    "yfcc15m-declip": _prepared("yfcc15m-declip", "--tars DIR"),
+    "flickr30k": _prepared("flickr30k", "--images DIR --annotations dataset_flickr30k.json"),
+    "coco": _prepared("coco", "--images DIR --annotations dataset_coco.json"),
+    "cub": _prepared("cub", "--images DIR --captions DIR --lists DIR"),
 }
 
 

@@ -36,6 +36,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         remove(temporary)
 
 
+def remove_partial(folder: Path, stem: str = "*") -> None:
+    """Removes what killed processes left of files and folders (named `stem`, without suffix) that they were writing.
+
+    Only for a folder, or a name in it, that no other process is writing.
+    """
+    for path in folder.glob(f".{stem}.*.partial*"):
+        remove(path)
+
+
 def remove(path: Path) -> None:
     """Removes the file or folder at `path`, if there is one."""
     if path.is_dir() and not path.is_symlink():

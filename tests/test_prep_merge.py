@@ -1,6 +1,9 @@
 """Jobs, kills and merges: whatever the way, the same folder comes out, each sample once."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,3 +207,26 @@ def test_inputs_that_different_parsers_have_parsed_are_refused(tars, tmp_path):
     report.write_text(json.dumps({**json.loads(report.read_text()), "parser": "another"}))
     with pytest.raises(InputError, match="one version of the parser"):
         prepare("tars", config(tars, tmp_path / "out"))
+
+
+def test_a_disk_that_is_full_is_named_and_the_next_start_goes_on(tars, tmp_path):
+    prepare("tars", config(tars, tmp_path / "expected"))
+    out = tmp_path / "out"
+    code = f"""
+import resource
+from data_prep.run import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))  # files end there, as on a full disk
+import sys
+sys.argv[1:] = ["tars", "--tars", {str(tars)!r}, "--out", {str(out)!r}, "--processes", "1", "--shard-size", "4"]
+from setclip.config import command
+command(main)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert re.search(
+        r"error: .*00000\.tar: could not read it or write its shards .* File too large.*start again", run.stderr
+    )
+    assert not list(out.glob("*.tar"))
+    assert [p.name for p in (out / ".parts").iterdir()] == ["plan.json"]
+    prepare("tars", config(tars, out))
+    assert contents(out) == contents(tmp_path / "expected")
