@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help: ## list the targets
 	@echo "Setclip. Targets:"
-	@sed -n 's/^\([a-z0-9]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo "Variables are described at the top of the Makefile."
 
 install: $(VENV)/.installed ## make .venv and install Setclip in it

@@ -5,7 +5,7 @@ Used by `data_prep.run`, one call a unit, in any process. What comes out depends
 
 import dataclasses
 import itertools
-import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -33,6 +33,7 @@ BAD_EXTRA = "metadata that JSON cannot hold"
 
 REPORT_NAME = "unit.json"
 
+_MAX_DEPTH = 32  # of nested metadata
 _PARSED_AT_ONCE = 512  # samples held in memory while their captions are parsed
 
 
@@ -218,7 +219,7 @@ class _Packer:
         image = prepare_image(record.image, self.rules.images)
         if isinstance(image, Dropped):
             return image
-        if not _fits_json(record):
+        if not _fits_json(record.extra) or not _fits_json(record.url):
             return Dropped(BAD_EXTRA)
         features = {}
         if self.rules.perceptual_hash:
@@ -272,12 +273,18 @@ def _with_objects(parser: PosParser, block: list[Sample]) -> Iterator[Sample]:
         yield dataclasses.replace(sample, objects={**sample.objects, **objects})
 
 
-def _fits_json(record: Record) -> bool:
-    try:
-        json.dumps([record.url, record.extra], ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, TypeError, RecursionError):
-        return False
-    return True
+def _fits_json(value: Any, depth: int = 0) -> bool:
+    """Whether a value can be written as JSON and read back equal; much cheaper than to write it."""
+    if isinstance(value, str):
+        return value.isascii() or _is_unicode(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        names = all(isinstance(name, str) and _fits_json(name) for name in value)
+        return names and depth < _MAX_DEPTH and all(_fits_json(each, depth + 1) for each in value.values())
+    if isinstance(value, list):
+        return depth < _MAX_DEPTH and all(_fits_json(each, depth + 1) for each in value)
+    return value is None or isinstance(value, int)
 
 
 def _is_unicode(text: str) -> bool:

@@ -47,6 +47,7 @@ _LEAF = ".list.element.list.element"  # what Parquet appends to the name of such
 _FEATURES = "feature."  # prefix of a column of whole numbers that a preparation added, one a sample
 _HEADER_END = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)  # of a regular file without owner
 _HEADER_END_SUM = sum(_HEADER_END)
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _RESERVED = frozenset(("key", "captions", "objects", "width", "height", "sha256", "url"))
 
 
@@ -150,7 +151,7 @@ class ShardWriter:
             **({"url": sample.url} if sample.url else {}),
             **sample.extra,
         }
-        encoded = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+        encoded = _JSON.encode(record).encode()
         text = (sample.captions[0] if sample.captions else "").encode()
         parts: list[bytes] = []
         end = self.bytes
