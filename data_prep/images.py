@@ -23,8 +23,8 @@ from setclip.decode import MAX_PIXELS, DecodeError, decode_rgb
 
 cv2.setNumThreads(1)  # processes share out the cores already
 
-MAX_BYTES = 64 << 20
-"""Larger files are refused: at MAX_PIXELS a JPEG of quality 95 has about this size."""
+MAX_BYTES = 50_000_000
+"""Larger files are refused, here and by sources before they read them: a photograph of MAX_PIXELS seldom has more."""
 
 NOT_AN_IMAGE = "not JPEG, PNG or WebP"
 TOO_SMALL = "image smaller than --min-side"

@@ -123,13 +123,16 @@ def describe(parser: str, total: ObjectCounts) -> str:
 
 
 def main() -> None:
+    from data_prep import report  # with matplotlib, which takes a second that a wrong path need not wait for
+
     config = parse(StatisticsConfig, description=__doc__)
     manifest = Manifest.load(config.folder)
     shards = counted_shards(manifest.shards, config.split)
     check_shards(config.folder, shards)
     for parser, total in write_statistics(config.folder, shards).items():
         say(describe(parser, total))
-    say(f"written to {config.folder / OBJECTS_NAME}")
+    report.write_report(config.folder, manifest)
+    say(f"written: {config.folder / OBJECTS_NAME} and {config.folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,8 @@ def histogram(
         else:
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        around = 0.0 if ticks is not None else max(0.0, 5 - (edges[-1] - edges[0])) / 2  # one value: not the whole width
+        # A single value gets a bar, not the whole width.
+        around = 0.0 if ticks is not None else max(0.0, 5 - (edges[-1] - edges[0])) / 2
         axes.set_xlim(edges[0] - around, edges[-1] + around)
         axes.set_ylim(0, max([*counts, 1e-9]) * 1.08)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,7 @@ _PLACES = pa.schema(
         ("image_size", pa.int64()),
         ("json_offset", pa.int64()),
         ("json_size", pa.int64()),
+        ("image_crc32", pa.int64()),  # of the image as stored: which one is damaged where the tar's checksum differs
         ("pair_hash", pa.binary(16)),  # of image and captions: equal for exact duplicates
     ]
 )
@@ -161,7 +163,7 @@ class ShardWriter:
             parts += (tar_header(f"{sample.key}.{extension}", len(data)), data, bytes(padding))
             offsets.append(end + tarfile.BLOCKSIZE)
             end += tarfile.BLOCKSIZE + len(data) + padding
-        place = (self.bytes, end, offsets[0], len(sample.image), offsets[2], len(encoded))
+        place = (self.bytes, end, offsets[0], len(sample.image), offsets[2], len(encoded), zlib.crc32(sample.image))
         same = pair_hash(sample.sha256, sample.captions)
         distinct = {parser: [list(dict.fromkeys(names)) for names in each] for parser, each in sample.objects.items()}
         self._append(

@@ -27,11 +27,11 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.images import MAX_BYTES as MAX_IMAGE_BYTES
 from data_prep.plan import Dropped, Plan, PrepareConfig, Record, Unit
 from data_prep.sources.places import check_split
 from data_prep.sources.untrusted import (
     LARGE_IMAGE,
-    MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     NO_CAPTION,
     NO_IMAGE,

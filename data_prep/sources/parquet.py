@@ -15,13 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.images import MAX_BYTES as MAX_IMAGE_BYTES
 from data_prep.plan import Dropped, Plan, PrepareConfig, Record, Unit
 from data_prep.sources.places import check_split, find_files
 from data_prep.sources.untrusted import (
     BAD_TEXT,
     LARGE_IMAGE,
     LARGE_TEXT,
-    MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     NO_CAPTION,
     NO_IMAGE,

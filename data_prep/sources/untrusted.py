@@ -10,7 +10,6 @@ from typing import Any
 
 from data_prep.plan import Dropped, Record
 
-MAX_IMAGE_BYTES = 50_000_000
 MAX_TEXT_BYTES = 1_000_000  # of a JSON or text of one sample, or of one line
 
 NO_IMAGE = "caption without image"
