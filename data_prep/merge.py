@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from data_prep import near, output, parse_pos, statistics
+from data_prep import near, output, pos_config, statistics
 from data_prep.duplicates import Decision, find_duplicates
 from data_prep.pack import UnitReport
 from data_prep.parallel import run_tasks
@@ -212,7 +212,7 @@ def _manifest(
             for unit in units
         },
         config={**plan["config"], "class_folders": class_folders},
-        parsers={parse_pos.NAME: versions.pop()},
+        parsers={pos_config.NAME: versions.pop()},
         credits=plan["credits"],
         warnings=plan["warnings"],
         plan=output.digest(plan),

@@ -12,16 +12,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data_prep import near, parse_pos
+from data_prep import near, pos_config
 from data_prep.images import ImageRules, prepare_image
-from data_prep.parse_pos import PosConfig, PosParser
 from data_prep.plan import Dropped, Kind, PrepareConfig, Record, Unit
+from data_prep.pos_config import PosConfig
 from setclip.decode import DecodeError
 from setclip.errors import InputError
 from setclip.files import replacing, write_json
 from setclip.shards import Sample, ShardInfo, ShardWriter, key_of
+
+if TYPE_CHECKING:
+    from data_prep.parse_pos import PosParser
 
 EMPTY_CAPTION = "empty caption (captions, not samples)"
 SHORT_CAPTION = "caption too short (captions, not samples)"
@@ -136,8 +139,10 @@ def pack_unit(unit: Unit, folder: Path, rules: PackRules) -> UnitReport:
 
 
 @lru_cache(maxsize=1)
-def pos_parser(config: PosConfig) -> PosParser:
+def pos_parser(config: PosConfig) -> "PosParser":
     """Returns this process's parser: loading the language model takes a second."""
+    from data_prep.parse_pos import PosParser  # with spaCy, which takes seconds that a wrong path need not wait for
+
     return PosParser(config)
 
 
@@ -266,10 +271,10 @@ class _Packer:
         return False
 
 
-def _with_objects(parser: PosParser, block: list[Sample]) -> Iterator[Sample]:
+def _with_objects(parser: "PosParser", block: list[Sample]) -> Iterator[Sample]:
     parsed = iter(parser.parse([caption for sample in block for caption in sample.captions]))
     for sample in block:
-        objects = {parse_pos.NAME: list(itertools.islice(parsed, len(sample.captions)))}
+        objects = {pos_config.NAME: list(itertools.islice(parsed, len(sample.captions)))}
         yield dataclasses.replace(sample, objects={**sample.objects, **objects})
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import tyro
 
-from data_prep import parse_pos, statistics
+from data_prep import pos_config, statistics
 from data_prep.pack import pos_parser
 from data_prep.parallel import run_tasks
-from data_prep.parse_pos import STOP_WORDS, PosConfig
+from data_prep.pos_config import STOP_WORDS, PosConfig
 from setclip.config import command, parse
 from setclip.errors import InputError
 from setclip.files import remove, remove_partial, write_json
@@ -60,7 +60,7 @@ def parse_again(config: ParseConfig) -> Manifest:
     work = config.folder / PARSING_NAME
     if (config.folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(config.folder)
-        if manifest.parsers.get(parse_pos.NAME) == version:
+        if manifest.parsers.get(pos_config.NAME) == version:
             remove(work)  # all that a kill behind the manifest leaves
             remove_partial(config.folder)
             say(f"{config.folder} is parsed already by {version}")
@@ -80,7 +80,7 @@ def parse_again(config: ParseConfig) -> Manifest:
     manifest = dataclasses.replace(
         manifest,
         shards=infos,
-        parsers={**manifest.parsers, parse_pos.NAME: version},
+        parsers={**manifest.parsers, pos_config.NAME: version},
         config={**manifest.config, **settings},
         plan="",  # of the preparation, whose settings are no longer these
     )
@@ -116,7 +116,7 @@ def _parsed(shard: Shard, pos: PosConfig) -> Iterator[tuple[int, dict[str, list[
         samples = [shard.read(row) for row in block]
         parsed = iter(pos_parser(pos).parse([caption for sample in samples for caption in sample.captions]))
         for row, sample in zip(block, samples, strict=True):
-            objects = {parse_pos.NAME: list(itertools.islice(parsed, len(sample.captions)))}
+            objects = {pos_config.NAME: list(itertools.islice(parsed, len(sample.captions)))}
             yield row, {**sample.objects, **objects}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.parse_pos import STOP_WORDS
+from data_prep.pos_config import STOP_WORDS
 from setclip.errors import InputError
 
 Kind = Literal["bad", "absent", "filtered", "duplicate"]

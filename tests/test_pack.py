@@ -20,8 +20,8 @@ from data_prep.pack import (
     UnitReport,
     pack_unit,
 )
-from data_prep.parse_pos import PosConfig
 from data_prep.plan import Dropped, Record, Unit
+from data_prep.pos_config import PosConfig
 from setclip.errors import InputError
 from setclip.shards import Sample, Shard
 
