@@ -58,8 +58,15 @@ class _Packed:
 def merge(out: Path, processes: int, max_bad: float) -> Manifest:
     """Merges the finished units of `out` into its shards, statistics and manifest, which is written last.
 
-    Raises InputError that names the inputs that are not done.
+    Raises InputError that names the inputs that are not done, and where another job is at work.
     """
+    output.read_plan(out)
+    with output.locked(out):
+        return merge_units(out, processes, max_bad)
+
+
+def merge_units(out: Path, processes: int, max_bad: float) -> Manifest:
+    """Does `merge`'s work, for a job that has the folder for itself."""
     from data_prep import report  # with matplotlib, which takes a second that a wrong path need not wait for
 
     plan = output.read_plan(out)
@@ -91,6 +98,12 @@ def merge(out: Path, processes: int, max_bad: float) -> Manifest:
         )
     packed = _named(packed, decisions)
     final = [shard.name for shard in packed if shard.name]
+    duplicates = Counter(reason for decision in decisions.values() for reason in decision.leave_out.values())
+    if not final:
+        raise InputError(
+            f"expected at least one sample to be left, found all left out: {dict(_dropped(units) + duplicates)}; change the "
+            "settings that leave them out, with --overwrite True"
+        )
     folders = plan["class_folders"]
     output.announce(out, [*final, *(str(Path(name).with_suffix(".idx")) for name in final)], folders)
     tasks = [
@@ -105,7 +118,6 @@ def merge(out: Path, processes: int, max_bad: float) -> Manifest:
         with replacing(out / name) as temporary:
             shutil.copytree(output.class_folder(out, name), temporary, copy_function=_link)
     counts = statistics.write_statistics(out, statistics.counted_shards(infos))
-    duplicates = Counter(reason for decision in decisions.values() for reason in decision.leave_out.values())
     manifest = _manifest(plan, units, infos, _dropped(units) + duplicates, list(folders))
     report.write_report(out, manifest)
     manifest.save(out)

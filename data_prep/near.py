@@ -42,13 +42,15 @@ def perceptual_hash(image: bytes) -> int:
 
 
 def check_folders(folders: Sequence[str]) -> None:
-    """Raises InputError where an evaluation folder is not there."""
+    """Raises InputError where an evaluation folder is not there or holds no image."""
     for folder in folders:
         if not Path(folder).is_dir():
             raise InputError(
                 f"expected a folder of shards or images at {folder}, found none; --decontaminate takes the folders of "
                 "evaluation images"
             )
+        if next(_images(Path(folder)), None) is None:
+            raise InputError(f"expected evaluation images in {folder}, found none; give another --decontaminate")
 
 
 def evaluation_hashes(folders: Sequence[str]) -> list[int]:
@@ -67,8 +69,6 @@ def evaluation_hashes(folders: Sequence[str]) -> list[int]:
                     f"expected an image in {name}, found one that cannot be used ({error}); remove it"
                 ) from error
             number += 1
-        if number == 0:
-            raise InputError(f"expected evaluation images in {folder}, found none; give another --decontaminate")
         say(f"decontamination against {number:,} images of {folder}")
     return sorted(found)
 

@@ -5,20 +5,23 @@ unit that is done; the merge makes the shards of `OUT` from them, writes the man
 manifest means "complete", and `.parts` means "go on".
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.pack import REPORT_NAME, UnitReport
 from setclip.errors import InputError
 from setclip.files import remove, remove_partial, write_json
-from setclip.manifest import MANIFEST_NAME
+from setclip.log import warn
+from setclip.manifest import MANIFEST_NAME, WORK_NAME
 from setclip.objects import OBJECTS_NAME
 
-WORK_NAME = ".parts"
 REPORT_PAGE = "report.html"
 
 _PLAN_NAME = "plan.json"
@@ -59,6 +62,33 @@ def claim(out: Path, plan: dict[str, Any], overwrite: bool) -> State:
     (out / WORK_NAME).mkdir(parents=True, exist_ok=True)
     write_json(out / WORK_NAME / _PLAN_NAME, plan)
     return "new"
+
+
+@contextlib.contextmanager
+def locked(out: Path, part: int = 0, parts: int = 1) -> Iterator[None]:
+    """Keeps other jobs from this part of the work; where it is the only part, or a merge, from all of it.
+
+    Raises InputError where another job is at it. Where the file system knows no locks, that is said.
+    """
+    wanted = [(out / WORK_NAME, fcntl.LOCK_SH if parts > 1 else fcntl.LOCK_EX)]
+    if parts > 1:
+        wanted.append((out / WORK_NAME / f"part-{part}-of-{parts}.lock", fcntl.LOCK_EX))
+    with contextlib.ExitStack() as descriptors:  # closing them unlocks, and so does the end of the process
+        for path, kind in wanted:
+            if path.suffix:
+                path.touch()
+            descriptor = os.open(path, os.O_RDONLY)
+            descriptors.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"expected no other job at this part of {out}, found one at work; wait for it, or give each job a "
+                    "--part of its own (a job without --part, and a merge, need the folder for themselves)"
+                ) from error
+            except OSError as error:
+                warn(f"{path} cannot be locked ({error}): see to it that no two jobs do the same part")
+        yield
 
 
 def read_plan(out: Path) -> dict[str, Any]:

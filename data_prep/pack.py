@@ -95,6 +95,8 @@ class UnitReport:
     shards: list[ShardInfo]
     parser: str
     """Version of the caption parser."""
+    state: str
+    """That of the unit when it was packed."""
 
     def dropped(self) -> dict[str, int]:
         """Returns reason to count."""
@@ -187,6 +189,7 @@ class _Packer:
             ],
             shards=self.shards,
             parser="" if parser is None else parser.version,
+            state=self.unit.state,
         )
 
     def _is_full(self, writer: ShardWriter, following: Sample) -> bool:

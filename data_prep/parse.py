@@ -55,9 +55,11 @@ def parse_again(config: ParseConfig) -> Manifest:
     """
     from data_prep import report  # with matplotlib, which takes a second that a wrong path need not wait for
 
+    work = config.folder / PARSING_NAME
+    if not (work / _BEGUN_NAME).exists():
+        Manifest.load(config.folder)  # raises at once where there is nothing to parse
     pos = PosConfig(compound=config.compound, stop_words=tuple(config.stop_words))
     version = pos_parser(pos).version
-    work = config.folder / PARSING_NAME
     if (config.folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(config.folder)
         if manifest.parsers.get(pos_config.NAME) == version:

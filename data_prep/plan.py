@@ -54,6 +54,9 @@ class Unit:
     read: Callable[[], Iterator[Record | Dropped]]
     """A top-level function or a partial of one: it goes to other processes. The order of what it yields is fixed.
     Raises InputError where the input cannot be read at all."""
+    state: str = ""
+    """What tells this input from a changed one of the same name (size and time): a changed one is packed again when a
+    preparation goes on. "" where the source checks that by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,28 +125,29 @@ class PrepareConfig:
     """Nouns that are no objects."""
 
     def __post_init__(self) -> None:
+        limits = {
+            "processes": (self.processes >= 0, "0 or more"),
+            "max_bad": (0 <= self.max_bad <= 1, "a share from 0 to 1"),
+            "shard_size": (self.shard_size >= 1, "at least 1"),
+            "shard_bytes": (self.shard_bytes >= 1, "at least 1"),
+            "short_side": (self.short_side >= 0, "0 or more"),
+            "jpeg_quality": (1 <= self.jpeg_quality <= 100, "1 to 100"),
+            "min_side": (self.min_side >= 0, "0 or more"),
+            "max_aspect": (self.max_aspect == 0 or self.max_aspect >= 1, "0 or at least 1"),
+            "min_caption_chars": (self.min_caption_chars >= 1, "at least 1"),
+            "alike_bits": (0 <= self.alike_bits <= 8, "0 to 8"),
+            "max_caption_chars": (
+                self.max_caption_chars == 0 or self.max_caption_chars >= self.min_caption_chars,
+                "0, or at least min_caption_chars",
+            ),
+        }
         wrong = [
-            f"{name} {getattr(self, name)}"
-            for name, fits in {
-                "processes": self.processes >= 0,
-                "max_bad": 0 <= self.max_bad <= 1,
-                "shard_size": self.shard_size >= 1,
-                "shard_bytes": self.shard_bytes >= 1,
-                "short_side": self.short_side >= 0,
-                "jpeg_quality": 1 <= self.jpeg_quality <= 100,
-                "min_side": self.min_side >= 0,
-                "max_aspect": self.max_aspect == 0 or self.max_aspect >= 1,
-                "min_caption_chars": self.min_caption_chars >= 1,
-                "alike_bits": 0 <= self.alike_bits <= 8,
-                "max_caption_chars": self.max_caption_chars == 0 or self.max_caption_chars >= self.min_caption_chars,
-            }.items()
+            f"--{name.replace('_', '-')} of {expected}, found {getattr(self, name)}"
+            for name, (fits, expected) in limits.items()
             if not fits
         ]
         if wrong:
-            raise InputError(
-                f"expected max_bad from 0 to 1, jpeg_quality from 1 to 100, max_aspect of 0 or at least 1, alike_bits from 0 "
-                f"to 8, at least one character and sample, and nothing negative; found {', '.join(wrong)}; choose other values"
-            )
+            raise InputError(f"expected {'; '.join(wrong)}; choose another value")
 
 
 def check_share_of_bad(bad: Mapping[str, int], total: int, max_bad: float) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from data_prep import near, output
-from data_prep.merge import check_bad, merge
+from data_prep.merge import check_bad, merge_units
 from data_prep.pack import PackRules, UnitReport, pack_unit
 from data_prep.parallel import run_tasks
 from data_prep.plan import Plan, PrepareConfig
@@ -94,24 +94,34 @@ def prepare(source: str, config: PrepareConfig) -> Manifest | None:
         return Manifest.load(config.out)
     for text in plan.warnings:
         warn(text)
-    _pack(plan, config, part, parts, is_resumed=state == "unfinished")
-    if parts > 1:
-        say(f"part {part} of {parts} is done; after the last one: python -m data_prep.merge {config.out}")
-        return None
-    return merge(config.out, config.processes, config.max_bad)
+    with output.locked(config.out, part, parts):
+        _pack(plan, config, part, parts, is_resumed=state == "unfinished")
+        if parts == 1:
+            return merge_units(config.out, config.processes, config.max_bad)
+    say(f"part {part} of {parts} is done; after the last one: python -m data_prep.merge {config.out}")
+    return None
 
 
 def _pack(plan: Plan, config: PrepareConfig, part: int, parts: int, is_resumed: bool) -> None:
     """Packs the units of this part that are not done."""
     mine = range(part, len(plan.units), parts)
-    done = [report for number in mine if (report := output.unit_report(config.out, number)) is not None]
-    left = [number for number in mine if output.unit_report(config.out, number) is None]
+    done: list[UnitReport] = []
+    left: list[int] = []
+    changed: list[str] = []
+    for number in mine:
+        report = output.unit_report(config.out, number)
+        if report is not None and report.state == plan.units[number].state:
+            done.append(report)
+        else:
+            left.append(number)
+            changed += [plan.units[number].name] if report is not None else []
+            output.clear_unfinished(config.out, number)
     if parts > 1:
         say(f"part {part} of {parts}: {len(mine):,} of {len(plan.units):,} inputs")
-    if is_resumed:
+    if changed:
+        say(f"{len(changed):,} inputs changed since they were packed and are packed again: {', '.join(changed[:10])}")
+    if is_resumed and done:
         say(f"going on: {len(done):,} of {len(mine):,} inputs were done before")
-    for number in left:
-        output.clear_unfinished(config.out, number)
     rules = PackRules.from_config(config)
     reports = list(done)
 

@@ -30,10 +30,16 @@ _MARKERS = (tyro.conf.FlagConversionOff,)
 
 
 @overload
-def parse(config: type[T], args: Sequence[str] | None = None, description: str | None = None) -> T: ...
+def parse(
+    config: type[T], args: Sequence[str] | None = None, description: str | None = None, name: str | None = None
+) -> T: ...
 @overload
-def parse(config: T, args: Sequence[str] | None = None, description: str | None = None) -> T: ...
-def parse(config: Any, args: Sequence[str] | None = None, description: str | None = None) -> Any:
+def parse(
+    config: T, args: Sequence[str] | None = None, description: str | None = None, name: str | None = None
+) -> T: ...
+def parse(
+    config: Any, args: Sequence[str] | None = None, description: str | None = None, name: str | None = None
+) -> Any:
     """Returns the config from command-line flags (and a YAML file given by --config).
 
     `config` is a dataclass or an instance whose values are the defaults. A wrong flag prints the nearest one and exits
@@ -45,7 +51,8 @@ def parse(config: Any, args: Sequence[str] | None = None, description: str | Non
     kind = config if isinstance(config, type) else type(config)
     args = _with_values(args, _switches(kind))
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, prog=_program(), args=args, description=description, config=_MARKERS, **kwargs)
+    program = _program() + (f" {name}" if name else "")
+    return tyro.cli(kind, prog=program, args=args, description=description, config=_MARKERS, **kwargs)
 
 
 def parse_recipe(
@@ -64,7 +71,7 @@ def parse_recipe(
         raise InputError(f"expected a {what} first, found {args[0]!r}; known: {', '.join(recipes)}")
     recipe = look_up(recipes, args[0], what)
     # A dataclass itself has values without defaults, which its flags must then give.
-    return args[0], parse(recipe if isinstance(recipe, type) else recipe(), args[1:], description)
+    return args[0], parse(recipe if isinstance(recipe, type) else recipe(), args[1:], description, name=args[0])
 
 
 def save(path: str | Path, config: Any) -> None:

@@ -17,6 +17,7 @@ from setclip.provenance import describe
 from setclip.shards import Shard, ShardInfo
 
 MANIFEST_NAME = "manifest.json"
+WORK_NAME = ".parts"  # of the folder where a preparation keeps what is done until its merge
 PARSING_NAME = ".parsing"  # of the folder that stands in for the manifest while data_prep.parse rewrites the shards
 FORMAT_VERSION = 2
 
@@ -92,6 +93,11 @@ class Manifest:
                 raise InputError(
                     f"expected shards with a manifest at {path}, found an unfinished parse; start it again: "
                     f"`python -m data_prep.parse {folder}`"
+                )
+            elif (folder / WORK_NAME).exists():
+                raise InputError(
+                    f"expected shards with a manifest at {path}, found an unfinished preparation; start its "
+                    f"`python -m data_prep.run` again, or after all parts `python -m data_prep.merge {folder}`"
                 )
             elif tars := sorted(folder.glob("*.tar")):
                 found = f"{len(tars)} tars without a manifest (an interrupted or foreign preparation)"

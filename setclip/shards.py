@@ -347,7 +347,8 @@ class Shard:
 
     def _bad_index(self, error: Exception) -> InputError:
         path = self.path.with_suffix(".idx")
-        return InputError(f"expected an index at {path}, found {error}; prepare the shards again")
+        found = str(error).splitlines()[0]
+        return InputError(f"expected an index at {path}, found {found}; prepare the shards again")
 
     @cached_property
     def _index(self) -> pa.Table:

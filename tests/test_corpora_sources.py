@@ -11,7 +11,7 @@ from img2dataset_material import count_samples, dropped, read_all, records, writ
 from material import picture
 
 from data_prep.run import prepare
-from data_prep.sources import corpora
+from data_prep.sources import corpora, tars
 from data_prep.sources.corpora import CorpusConfig, YfccConfig
 from data_prep.sources.untrusted import NOT_DOWNLOADED
 from setclip.errors import InputError
@@ -117,6 +117,11 @@ def test_a_fetched_pair_that_failed_first_and_came_later_counts_once(tmp_path):
     assert made.pairs_listed == 7
     assert made.warnings == ["cc3m was published with 3,318,333 pairs; the list that was fetched has 7, which count"]
     assert pickle.loads(pickle.dumps(made.units))
+    # A list of one's own, which no corpus's name fits, is counted alike.
+    plain = tars.plan(tars.TarsConfig(out=tmp_path / "out", tars=(str(raw),)))
+    assert [unit.name for unit in plain.units] == [unit.name for unit in made.units]
+    assert dropped(read_all(plain.units)) == dropped(items)
+    assert (plain.pairs_listed, plain.warnings) == (None, [])
 
 
 def test_tars_of_an_attempt_under_way_are_left_out_and_named(tmp_path):

@@ -43,7 +43,7 @@ def test_a_file_of_the_hugging_face_kind_gives_bytes_captions_and_splits(tmp_pat
     write(folder / "validation-00000-of-00002.parquet", columns)
     made = plan(config(tmp_path, folder))
     assert [unit.split for unit in made.units] == ["train", "val"]
-    assert made.warnings == [f"{folder}: 1 numbers are missing in the series validation-NNNNN-of-00002.parquet: 00001"]
+    assert made.warnings == [f"{folder}: missing in the series validation-NNNNN-of-00002.parquet: 00001 (1 in all)"]
     items = list(pickle.loads(pickle.dumps(made.units[0])).read())
     assert [item.image for item in items] == [picture(n) for n in range(3)]
     assert [item.captions for item in items] == [["a dog"], ["a cat"], ["a cow"]]

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from material import write_shards
 from prep_material import contents, write_tar
 
 from data_prep import merge as merge_module
+from data_prep import output
 from data_prep.duplicates import DUPLICATE
 from data_prep.merge import merge
 from data_prep.run import prepare
@@ -230,3 +232,41 @@ command(main)
     assert [p.name for p in (out / ".parts").iterdir()] == ["plan.json"]
     prepare("tars", config(tars, out))
     assert contents(out) == contents(tmp_path / "expected")
+
+
+def test_an_input_that_changed_since_it_was_packed_is_packed_again(tars, tmp_path, capsys):
+    prepare("tars", config(tars, tmp_path / "out", part=0, parts=2))
+    write_tar(tars / "00000.tar", [50, 51])
+    manifest = prepare("tars", config(tars, tmp_path / "out"))
+    assert re.search(r"1 inputs changed since .* packed again: .*00000\.tar", capsys.readouterr().out)
+    assert manifest.inputs[str(tars / "00000.tar")]["packed"] == 2
+
+
+def test_two_jobs_at_the_same_part_or_a_merge_beside_a_job_are_refused(tars, tmp_path):
+    out = tmp_path / "out"
+    prepare("tars", config(tars, out, part=0, parts=2))
+    with output.locked(out, 1, 2):
+        prepare("tars", config(tars, out, part=0, parts=2))
+        with pytest.raises(InputError, match="expected no other job at this part"):
+            prepare("tars", config(tars, out, part=1, parts=2))
+        with pytest.raises(InputError, match="need the folder for themselves"):
+            prepare("tars", config(tars, out))
+        with pytest.raises(InputError, match="need the folder for themselves"):
+            merge(out, 1, 0.05)
+    assert prepare("tars", config(tars, out)) is not None
+
+
+def test_a_preparation_of_which_nothing_is_left_is_an_error(tars, tmp_path):
+    with pytest.raises(InputError, match=r"at least one good sample, found none; .*min-side"):
+        prepare("tars", config(tars, tmp_path / "a", min_side=1000))
+    write_shards(tmp_path / "evaluation", sizes=(31,), split="test")
+    settings = {"decontaminate": (str(tmp_path / "evaluation"),)}
+    with pytest.raises(InputError, match="expected at least one sample to be left, found all left out"):
+        prepare("tars", config(tars, tmp_path / "b", **settings))
+    assert not (tmp_path / "b" / "manifest.json").exists()
+
+
+def test_an_unfinished_preparation_says_how_to_go_on(tars, tmp_path):
+    prepare("tars", config(tars, tmp_path / "out", part=0, parts=2))
+    with pytest.raises(InputError, match=r"unfinished preparation; .* `python -m data_prep\.merge .*out`"):
+        Manifest.load(tmp_path / "out")

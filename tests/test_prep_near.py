@@ -143,7 +143,8 @@ def test_an_evaluation_folder_that_is_missing_empty_or_broken_is_an_error(tmp_pa
         prepare("tars", config(tmp_path, decontaminate=(str(tmp_path / "none"),)))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="expected evaluation images in"):
-        near.evaluation_hashes([str(tmp_path / "empty")])
+        prepare("tars", config(tmp_path, decontaminate=(str(tmp_path / "empty"),)))
+    assert not (tmp_path / "out").exists()
     (tmp_path / "empty" / "a.jpg").write_bytes(b"\xff\xd8 no")
     with pytest.raises(InputError, match=r"a\.jpg, found one that cannot be used"):
         near.evaluation_hashes([str(tmp_path / "empty")])

@@ -189,18 +189,18 @@ def test_numbers_missing_in_a_series_are_named_up_to_a_length(tmp_path):
     assert gaps("00000.tar", "00001.tar", "other.tar") == []
     assert gaps("a-1.tar", "a-2.tar") == []  # some count from 1
     assert gaps("00000.tar", "00003.tar", "00004.tar", "00006.tar") == [
-        "in: 3 numbers are missing in the series NNNNN.tar: 00001–00002, 00005"
+        "in: missing in the series NNNNN.tar: 00001–00002, 00005 (3 in all)"
     ]
-    assert gaps("cc-0003.tar") == ["in: 3 numbers are missing in the series cc-NNNN.tar: 0000–0002"]
+    assert gaps("cc-0003.tar") == ["in: missing in the series cc-NNNN.tar: 0000–0002 (3 in all)"]
     assert gaps("t-00000-of-00003.parquet", "t-00001-of-00003.parquet") == [
-        "in: 1 numbers are missing in the series t-NNNNN-of-00003.parquet: 00002"
+        "in: missing in the series t-NNNNN-of-00003.parquet: 00002 (1 in all)"
     ]
     (long,) = gaps(*(f"{n}.tar" for n in range(0, 2000, 2)))
     assert long.endswith("and 989 more ranges")
     write_shard(tmp_path, 0, 1)
     write_shard(tmp_path, 2, 1)
     assert plan(config(tmp_path, tmp_path)).warnings == [
-        f"{tmp_path}: 1 numbers are missing in the series NNNNN.tar: 00001"
+        f"{tmp_path}: missing in the series NNNNN.tar: 00001 (1 in all)"
     ]
 
 

@@ -12,26 +12,20 @@ Three layouts are known, and all are tars as `data_prep.sources.tars` reads them
 Members and JSON entries of the ready-made tars were taken from published samples of them, not checked on whole files.
 """
 
-import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from data_prep.fetch_status import STATUS_NAME
-from data_prep.plan import Dropped, Plan, PrepareConfig, Record, Unit
-from data_prep.sources.places import InputFile, check_split, find_files
+from data_prep.plan import Plan, PrepareConfig
+from data_prep.sources.fetched import take_fetched
+from data_prep.sources.places import check_split, find_files, some
 from data_prep.sources.tars import CaptionRules, units_of
-from data_prep.sources.untrusted import MAX_TEXT_BYTES, NOT_DOWNLOADED, RefusedError, parse_json
+from data_prep.sources.untrusted import MAX_TEXT_BYTES, RefusedError, parse_json
 from data_prep.yfcc import clean_text
-from setclip.errors import InputError
 from setclip.lookup import look_up
 
 _INFO_NAME = "_info.json"
-_NAMED = 10  # files that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,108 +100,25 @@ def plan(config: CorpusConfig, *, name: str) -> Plan:
     """
     corpus = look_up(CORPORA, name, "corpus")
     files, warnings = find_files(config.tars, ".tar", "--tars", config.split)
-    folders = [Path(text) for text in dict.fromkeys(config.tars) if Path(text).is_dir()]
-    fetched = [folder for folder in folders if _is_fetched(folder)]
+    fetched, files = take_fetched(config.tars, files)
     rules = corpus.rules if isinstance(config, YfccConfig) and config.clean_captions else None
     units = []
-    rows = 0
     for folder in fetched:
-        inside = [file for file in files if folder in file.path.parents]
-        files = [file for file in files if folder not in file.path.parents]
-        listed, chosen, odd = _fetched_tars(folder, inside)
-        rows += listed
-        warnings += odd
-        units += units_of(chosen, count_absent=False, rules=rules) if chosen else []
-        table = folder / STATUS_NAME
-        split = inside[0].split
-        units.append(Unit(name=str(table), split=split, read=partial(read_absent, str(table))))
+        warnings += folder.warnings
+        units += [*(units_of(folder.tars, count_absent=False, rules=rules) if folder.tars else []), folder.absent]
     units += units_of(files, rules=rules) if files else []
-    for folder in folders:
-        warnings += _missing_files(folder)
+    for text in dict.fromkeys(config.tars):
+        warnings += _missing_files(Path(text))
     order = list(dict.fromkeys(unit.split for unit in units))
     units.sort(key=lambda unit: order.index(unit.split))
     pairs = sum(corpus.pairs.get(split, 0) for split in order) or corpus.pairs["train"]
+    rows = sum(folder.rows for folder in fetched)
     if fetched and rows != pairs:
         warnings.append(
             f"{name} was published with {pairs:,} pairs; the list that was fetched has {rows:,}, which count"
         )
         pairs = rows
     return Plan(units=units, pairs_listed=pairs, credits=[corpus.credit], warnings=warnings)
-
-
-def read_absent(table: str) -> Iterator[Record | Dropped]:
-    """Yields what a status table does not call a success as not downloaded. Raises InputError if it is no such table."""
-    try:
-        with pq.ParquetFile(table) as file:
-            for batch in file.iter_batches(columns=["status"]):
-                absent = len(batch) - batch.column(0).to_pylist().count("success")
-                if absent:
-                    yield Dropped(NOT_DOWNLOADED, "absent", pairs=absent, samples=absent)
-    except (OSError, pa.ArrowException) as error:
-        raise _no_table(Path(table), error) from error
-
-
-def _is_fetched(folder: Path) -> bool:
-    """Whether a folder is one of `data_prep.fetch`. Raises InputError if it is and its first attempt is not done."""
-    if (folder / STATUS_NAME).is_file():
-        return True
-    if any(folder.glob("attempt-*/*.tar")):
-        raise InputError(
-            f"expected {STATUS_NAME} beside the attempts in {folder}, found none; finish the download (`python -m "
-            "data_prep.fetch` goes on where it stopped)"
-        )
-    return False
-
-
-def _fetched_tars(folder: Path, found: list[InputFile]) -> tuple[int, list[InputFile], list[str]]:
-    """Returns the rows of a fetched list, those tars that its status table names, and warnings.
-
-    Raises InputError if one that it names is missing.
-    """
-    table = folder / STATUS_NAME
-    named: set[str] = set()
-    try:
-        columns = pq.read_schema(table).names
-        if not {"status", "tar"} <= set(columns):
-            raise InputError(
-                f"expected columns `status` and `tar` in {table}, found {', '.join(columns)}; give a folder of "
-                "`data_prep.fetch`"
-            )
-        with pq.ParquetFile(table, read_dictionary=["tar"]) as file:
-            rows = file.metadata.num_rows
-            for batch in file.iter_batches(columns=["tar"]):
-                named.update(batch.column(0).unique().drop_null().to_pylist())
-    except (OSError, pa.ArrowException) as error:
-        raise _no_table(table, error) from error
-    places = {file.path.relative_to(folder).as_posix(): file for file in found}
-    if missing := sorted(named - places.keys()):
-        raise InputError(
-            f"expected the {len(named):,} tars that {table} names, found {len(named) - len(missing):,}; missing: "
-            f"{_first(missing)}; copy them back"
-        )
-    other = sorted(name for name, file in places.items() if name not in named and not _is_empty(file.path))
-    warnings = []
-    if other:
-        warnings.append(
-            f"{len(other)} tars in {folder} are of no finished attempt and are left out: {_first(other)}; finish the download"
-        )
-    return rows, [file for name, file in places.items() if name in named], warnings
-
-
-def _is_empty(tar: Path) -> bool:
-    """Whether a tar has no member: the shard of a list of which nothing came."""
-    with open(tar, "rb") as file:
-        return not any(file.read(tarfile.BLOCKSIZE))
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-
-
-def _no_table(table: Path, error: Exception) -> InputError:
-    return InputError(
-        f"expected the table of a download at {table}, found {error}; run `python -m data_prep.fetch` again"
-    )
 
 
 def _missing_files(folder: Path) -> list[str]:
@@ -223,7 +134,7 @@ def _missing_files(folder: Path) -> list[str]:
     missing = [name for name in names if not (folder / name).is_file()]
     if not missing:
         return []
-    return [f"{len(missing):,} of {len(names):,} tars of {path} are missing: {_first(missing)}"]
+    return [f"{len(missing):,} of {len(names):,} tars of {path} are missing: {some(missing)}"]
 
 
 plan_cc3m = partial(plan, name="cc3m")

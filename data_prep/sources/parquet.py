@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from data_prep.images import MAX_BYTES as MAX_IMAGE_BYTES
 from data_prep.plan import Dropped, Plan, PrepareConfig, Record, Unit
-from data_prep.sources.places import check_split, find_files
+from data_prep.sources.places import check_split, find_files, state_of
 from data_prep.sources.untrusted import (
     BAD_TEXT,
     LARGE_IMAGE,
@@ -89,7 +89,7 @@ def plan(config: ParquetConfig) -> Plan:
         for first, last, start, rows in _ranges(sizes):
             name = f"{file.path}" + (f", rows {start:,} to {start + rows - 1:,}" if rows < sum(sizes) else "")
             read = partial(read_rows, str(file.path), columns, first, last, start)
-            units.append(Unit(name=name, split=file.split, read=read))
+            units.append(Unit(name=name, split=file.split, read=read, state=state_of(file.path)))
     if not units:
         raise InputError(f"expected rows in {len(files)} Parquet files, found none (the first is {files[0].path})")
     return Plan(units=units, warnings=warnings)

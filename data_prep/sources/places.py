@@ -33,6 +33,17 @@ class InputFile:
     split: str
 
 
+def some(names: Sequence[str]) -> str:
+    """Returns the first of them, for a message, and how many more there are."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def state_of(path: Path) -> str:
+    """Returns what tells a file from a changed one of the same name."""
+    found = path.stat()
+    return f"{found.st_size} bytes, changed {found.st_mtime_ns}"
+
+
 def check_split(split: str | None) -> None:
     """Raises InputError unless the name can stand in the names of shards."""
     if split is not None and not re.fullmatch(r"[A-Za-z0-9_]+", split):
@@ -108,8 +119,8 @@ def find_gaps(paths: Iterable[Path]) -> list[str]:
             ranges = [f"{a:0{width}}" if a == b else f"{a:0{width}}–{b:0{width}}" for a, b in missing]
             more = f" and {len(ranges) - _NAMED} more ranges" if len(ranges) > _NAMED else ""
             warnings.append(
-                f"{folder}: {sum(b - a + 1 for a, b in missing):,} numbers are missing in the series "
-                f"{prefix}{'N' * width}{suffix}: {', '.join(ranges[:_NAMED])}{more}"
+                f"{folder}: missing in the series {prefix}{'N' * width}{suffix}: {', '.join(ranges[:_NAMED])}{more} "
+                f"({sum(b - a + 1 for a, b in missing):,} in all)"
             )
     return warnings
 

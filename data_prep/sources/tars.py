@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from data_prep.images import MAX_BYTES as MAX_IMAGE_BYTES
 from data_prep.plan import Dropped, Plan, PrepareConfig, Record, Unit
-from data_prep.sources.places import InputFile, check_split, find_files
+from data_prep.sources.fetched import take_fetched
+from data_prep.sources.places import InputFile, check_split, find_files, state_of
 from data_prep.sources.untrusted import (
     LARGE_IMAGE,
     LARGE_JSON,
@@ -83,9 +84,19 @@ class Counts:
 
 
 def plan(config: TarsConfig) -> Plan:
-    """Returns one unit a tar. Only names are looked at, and the first tar's header."""
+    """Returns one unit a tar, and one for what a download by `data_prep.fetch` did not get. Only names are looked at, and
+    the first tar's header.
+    """
     files, warnings = find_files(config.tars, ".tar", "--tars", config.split)
-    return Plan(units=units_of(files, config.caption_keys), warnings=warnings)
+    fetched, files = take_fetched(config.tars, files)
+    units = []
+    for folder in fetched:
+        warnings += folder.warnings
+        found = units_of(folder.tars, config.caption_keys, count_absent=False) if folder.tars else []
+        units += [*found, folder.absent]
+    units += units_of(files, config.caption_keys) if files else []
+    order = list(dict.fromkeys(unit.split for unit in units))
+    return Plan(units=sorted(units, key=lambda unit: order.index(unit.split)), warnings=warnings)
 
 
 def units_of(
@@ -103,7 +114,10 @@ def units_of(
             if error.problem not in _LOSSES:
                 raise
     read = partial(read_tar, caption_keys=caption_keys, count_absent=count_absent, rules=rules)
-    return [Unit(name=str(file.path), split=file.split, read=partial(read, str(file.path))) for file in files]
+    return [
+        Unit(name=str(file.path), split=file.split, read=partial(read, str(file.path)), state=state_of(file.path))
+        for file in files
+    ]
 
 
 def read_tar(
