@@ -89,7 +89,7 @@ def write_tars(folder: Path, first: int, last: int, samples: int) -> None:
     random = np.random.default_rng(first)
     for tar in range(first, last):
         with ShardWriter(folder / f"train-{tar:05d}.tar") as writer:
-            for row in range(samples):
+            for _ in range(samples):
                 pixels = np.kron(random.integers(0, 256, (4, 4, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
                 image = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90)
                 key, sha256 = key_of(image)
