@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
 from setclip.shards import KEY_LENGTH
 
@@ -51,9 +52,10 @@ def connect(indices: Sequence[Path], splits: Sequence[str], scratch: Path) -> du
     database.execute("SET temp_directory = ?", [str(scratch)])
     database.execute("SET preserve_insertion_order = false")
     database.execute("SET threads = 2")  # a thread holds buffers of its own
-    database.execute("CREATE TABLE shards (name VARCHAR, number BIGINT, split VARCHAR)")
-    rows = [(str(path), number, split) for number, (path, split) in enumerate(zip(indices, splits, strict=True))]
-    database.executemany("INSERT INTO shards VALUES (?, ?, ?)", rows)
+    names = [str(path) for path in indices]
+    columns = {"name": names, "number": range(len(names)), "split": list(splits)}
+    database.register("given", pa.table({name: pa.array(values) for name, values in columns.items()}))
+    database.execute("CREATE TABLE shards AS SELECT * FROM given")
     return database
 
 

@@ -22,7 +22,7 @@ from data_prep import near, output, pos_config, statistics
 from data_prep.duplicates import Decision, find_duplicates
 from data_prep.pack import UnitReport
 from data_prep.parallel import run_tasks
-from data_prep.plan import check_share_of_bad
+from data_prep.tally import Tally
 from setclip.config import command, parse
 from setclip.errors import InputError
 from setclip.files import remove, replacing
@@ -71,7 +71,10 @@ def merge_units(out: Path, processes: int, max_bad: float) -> Manifest:
 
     plan = output.read_plan(out)
     units = _reports(out, plan)
-    check_bad(units, max_bad)
+    tally = Tally()
+    for unit in units:
+        tally.add(unit)
+    tally.check(max_bad)
     packed = [
         _Packed(path=output.unit_folder(out, number) / info.name, split=unit.split, info=info)
         for number, unit in enumerate(units)
@@ -124,17 +127,6 @@ def merge_units(out: Path, processes: int, max_bad: float) -> Manifest:
     output.release(out)
     _say_summary(out, manifest, counts)
     return manifest
-
-
-def check_bad(units: Iterable[UnitReport], max_bad: float) -> None:
-    """Raises InputError with the table of reasons where more than `max_bad` of the units' samples are bad."""
-    bad: Counter[str] = Counter()
-    total = 0
-    for unit in units:
-        bad.update(unit.bad())
-        lonely = sum(left.count - left.samples for left in unit.left_out if left.kind == "bad")
-        total += unit.samples_listed + lonely
-    check_share_of_bad(bad, total, max_bad)
 
 
 def place_shard(packed: Path, info: ShardInfo, target: Path, decision: Decision | None) -> ShardInfo:

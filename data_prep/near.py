@@ -12,6 +12,7 @@ from typing import Any
 import duckdb
 import imagehash
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from data_prep.duplicates import Decision, connect
@@ -89,9 +90,8 @@ def leave_out_alike(
     after an image within `bits` bits of its own; of a chain the first stays. `indices` and `splits` are the shards.
     """
     with connect(indices, splits, scratch) as database:
-        database.execute("CREATE TABLE evaluation (hash BIGINT)")
         if evaluation:
-            database.executemany("INSERT INTO evaluation VALUES (?)", [[each] for each in evaluation])
+            database.register("evaluation", pa.table({"hash": pa.array(evaluation, pa.int64())}))
             _leave_out(decisions, database, _CONTAMINATED_QUERY, indices, bits, CONTAMINATED)
         if near_duplicates:
             _leave_out(decisions, database, _NEAR_QUERY, indices, bits, NEAR_DUPLICATE)

@@ -16,11 +16,12 @@ from functools import partial
 from typing import Any
 
 from data_prep import near, output
-from data_prep.merge import check_bad, merge_units
+from data_prep.merge import merge_units
 from data_prep.pack import PackRules, UnitReport, pack_unit
 from data_prep.parallel import run_tasks
 from data_prep.plan import Plan, PrepareConfig
 from data_prep.sources import coco, corpora, cub, flickr30k, folder, parquet, scenes, tars
+from data_prep.tally import Tally
 from setclip.config import command, parse_recipe, to_dict
 from setclip.errors import InputError
 from setclip.files import replacing
@@ -123,15 +124,15 @@ def _pack(plan: Plan, config: PrepareConfig, part: int, parts: int, is_resumed: 
     if is_resumed and done:
         say(f"going on: {len(done):,} of {len(mine):,} inputs were done before")
     rules = PackRules.from_config(config)
-    reports = list(done)
+    tally = Tally()
+    for report in done:
+        tally.add(report)
 
     def seen(report: UnitReport) -> str:
-        reports.append(report)
-        if sum(each.samples_listed for each in reports) >= _SAMPLES_BEFORE_CEILING:
-            check_bad(reports, config.max_bad)
-        packed = sum(each.samples_present for each in reports)
-        lost = sum(each.samples_listed for each in reports) - packed
-        return f"{packed:,} samples, {lost:,} left out"
+        tally.add(report)
+        if tally.listed >= _SAMPLES_BEFORE_CEILING:
+            tally.check(config.max_bad)
+        return f"{tally.packed:,} samples, {tally.listed - tally.packed:,} left out"
 
     run_tasks(
         [partial(pack_unit, plan.units[n], output.unit_folder(config.out, n), rules) for n in left],
@@ -141,7 +142,7 @@ def _pack(plan: Plan, config: PrepareConfig, part: int, parts: int, is_resumed: 
         unit="inputs",
         seen=seen,
     )
-    check_bad(reports, config.max_bad)
+    tally.check(config.max_bad)
     for name, fill in plan.folders.items() if part == 0 else ():
         folder = output.class_folder(config.out, name)
         if not folder.exists():
