@@ -1,17 +1,21 @@
 """Which samples of all units are there already: exact duplicates, found by hashes on disk.
 
 Used by `data_prep.merge`. The hashes lie in the shards' indices; DuckDB goes over them with a bounded memory and spills
-to disk, so a hundred million samples need no more memory than a million.
+to disk. What is decided about single samples (those left out or renamed, not the others) is held in memory: some 140 MB a
+million.
 """
 
+import contextlib
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
+from setclip.errors import InputError
 from setclip.shards import KEY_LENGTH
 
 DUPLICATE = "duplicate (same image, same captions)"
@@ -35,7 +39,7 @@ def find_duplicates(indices: Sequence[Path], splits: Sequence[str], scratch: Pat
     """
     decisions: dict[int, Decision] = defaultdict(Decision)
     with connect(indices, splits, scratch) as database:
-        found = database.execute(_QUERY, [[str(path) for path in indices]])
+        found = database.execute(_QUERY, [as_patterns(indices)])
         while batch := found.fetchmany(10_000):
             for number, row, key in batch:
                 if key is None:
@@ -45,25 +49,55 @@ def find_duplicates(indices: Sequence[Path], splits: Sequence[str], scratch: Pat
     return decisions
 
 
-def connect(indices: Sequence[Path], splits: Sequence[str], scratch: Path) -> duckdb.DuckDBPyConnection:
-    """Returns a database with the table `shards` (name, number, split); larger work than its memory goes to `scratch`."""
-    database = duckdb.connect()
+def as_patterns(paths: Sequence[Path]) -> list[str]:
+    """Returns patterns for DuckDB that mean these files and no others, whatever characters their names have."""
+    return [re.sub(r"([*?\[])", r"[\1]", str(path.resolve())) for path in paths]
+
+
+@contextlib.contextmanager
+def connect(indices: Sequence[Path], splits: Sequence[str], scratch: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Gives a database with the table `shards` (name, number, split); larger work than its memory goes to `scratch`.
+
+    Raises InputError for what goes wrong in it, and if it does not see each of the indices.
+    """
+    try:
+        with duckdb.connect() as database:
+            _set_up(database, indices, splits, scratch)
+            yield database
+    except duckdb.Error as error:
+        raise InputError(
+            f"expected to search {len(indices):,} indices with {MEMORY_LIMIT} of memory and files in {scratch}, found {error}; "
+            "make room on the disk and start again"
+        ) from error
+
+
+def _set_up(database: duckdb.DuckDBPyConnection, indices: Sequence[Path], splits: Sequence[str], scratch: Path) -> None:
     database.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
     database.execute("SET temp_directory = ?", [str(scratch)])
     database.execute("SET preserve_insertion_order = false")
     database.execute("SET threads = 2")  # a thread holds buffers of its own
-    names = [str(path) for path in indices]
+    names = [str(path.resolve()) for path in indices]
     columns = {"name": names, "number": range(len(names)), "split": list(splits)}
     database.register("given", pa.table({name: pa.array(values) for name, values in columns.items()}))
     database.execute("CREATE TABLE shards AS SELECT * FROM given")
-    return database
+    ((seen,),) = database.execute(_SEEN_QUERY, [as_patterns(indices)]).fetchall()
+    if seen != len(indices):
+        raise InputError(
+            f"expected to search {len(indices):,} indices, found {seen:,}; choose an --out with plain characters"
+        )
 
+
+_SEEN_QUERY = """
+SELECT count(DISTINCT filename) FROM read_parquet(?, filename = true, hive_partitioning = false) AS rows
+SEMI JOIN shards ON rows.filename = shards.name
+"""
 
 # Only images that occur more than once go through the windows, which is what bounds the work.
 _QUERY = f"""
 WITH samples AS (
     SELECT shards.number, shards.split, file_row_number AS row, key, left(key, {KEY_LENGTH}) AS image, pair_hash
-    FROM read_parquet(?, filename = true, file_row_number = true) AS rows JOIN shards ON rows.filename = shards.name
+    FROM read_parquet(?, filename = true, file_row_number = true, hive_partitioning = false) AS rows
+    JOIN shards ON rows.filename = shards.name
 ), repeated AS (
     SELECT * FROM samples SEMI JOIN (SELECT image FROM samples GROUP BY image HAVING count(*) > 1) USING (image)
 ), copies AS (

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import pyarrow.parquet as pq
 
 from data_prep.fetch_run import SHARD_DIGITS
+from data_prep.duplicates import as_patterns
 from setclip.errors import InputError
 from setclip.files import remove, replacing
 
@@ -75,12 +77,12 @@ def write_status(out: Path, attempts: list[Path], memory_gb: float) -> None:
             "CREATE TABLE results (row BIGINT, attempt INTEGER, status VARCHAR, message VARCHAR, key VARCHAR, tar VARCHAR)"
         )
         for number, folder in enumerate(attempts, start=1):
-            tables = sorted(str(path) for path in folder.glob(f"{'[0-9]' * SHARD_DIGITS}.parquet"))
+            tables = as_patterns(sorted(folder.glob(f"{'[0-9]' * SHARD_DIGITS}.parquet")))
             if tables:
                 connection.execute(
                     "INSERT INTO results SELECT row, $1, status, error_message, key, "
                     "$2 || regexp_replace(parse_filename(filename), 'parquet$', 'tar') "
-                    "FROM read_parquet($3, filename = true)",
+                    "FROM read_parquet($3, filename = true, hive_partitioning = false)",
                     [number, f"{folder.name}/", tables],
                 )
         messages = connection.execute("SELECT DISTINCT message FROM results WHERE status <> 'success'").fetchall()
@@ -88,7 +90,8 @@ def write_status(out: Path, attempts: list[Path], memory_gb: float) -> None:
         if messages:
             connection.executemany("INSERT INTO reasons VALUES ($1, $2)", [(m, reason_of(m)) for (m,) in messages])
         with replacing(out / STATUS_NAME) as temporary:
-            connection.execute(_GATHER, [str(out / "urls.parquet"), str(out / "dropped.parquet"), str(temporary)])
+            tables = as_patterns([out / "urls.parquet", out / "dropped.parquet"])
+            connection.execute(_GATHER, [*tables, str(temporary)])
     remove(out / _WORK)
 
 
@@ -107,10 +110,11 @@ COPY (
            coalesce(last.attempts, 0)::INTEGER AS attempts,
            CASE WHEN result.status = 'success' THEN result.tar END AS tar,
            CASE WHEN result.status = 'success' THEN result.key END AS key
-    FROM read_parquet($1) AS urls LEFT JOIN last ON last.row = urls.row
+    FROM read_parquet($1, hive_partitioning = false) AS urls LEFT JOIN last ON last.row = urls.row
     LEFT JOIN reasons ON reasons.message IS NOT DISTINCT FROM result.message AND result.status <> 'success'
     UNION ALL
-    SELECT row, NULL, url, '{_NOT_TRIED}', reason, NULL, 0, NULL, NULL FROM read_parquet($2)
+    SELECT row, NULL, url, '{_NOT_TRIED}', reason, NULL, 0, NULL, NULL
+    FROM read_parquet($2, hive_partitioning = false)
     ORDER BY row
 ) TO $3 (FORMAT parquet, COMPRESSION zstd)
 """
@@ -119,9 +123,9 @@ COPY (
 def count_status(out: Path) -> list[Count]:
     """Returns the numbers of rows by status and reason; successes first, then the most frequent."""
     rows = duckdb.execute(
-        "SELECT status, reason, count(*) AS n FROM read_parquet($1) GROUP BY status, reason "
+        "SELECT status, reason, count(*) AS n FROM read_parquet($1, hive_partitioning = false) GROUP BY status, reason "
         "ORDER BY CASE status WHEN 'success' THEN 0 ELSE 1 END, status, n DESC, reason",
-        [str(out / STATUS_NAME)],
+        as_patterns([out / STATUS_NAME]),
     ).fetchall()
     return [Count(*row) for row in rows]
 
@@ -130,12 +134,13 @@ def write_failed(out: Path, reasons: list[str], target: Path, memory_gb: float) 
     """Writes the rows of urls.parquet that failed (with one of `reasons`, if any are named); returns their number."""
     with _connect(out, memory_gb) as connection, replacing(target) as temporary:
         connection.execute(
-            "COPY (SELECT urls.* FROM read_parquet($1) AS urls SEMI JOIN (SELECT row FROM read_parquet($2) "
+            "COPY (SELECT urls.* FROM read_parquet($1, hive_partitioning = false) AS urls "
+            "SEMI JOIN (SELECT row FROM read_parquet($2, hive_partitioning = false) "
             "WHERE status = 'failed' AND (len($3::VARCHAR[]) = 0 OR list_contains($3::VARCHAR[], reason))) AS failed "
             "ON failed.row = urls.row ORDER BY urls.row) TO $4 (FORMAT parquet, COMPRESSION zstd)",
-            [str(out / "urls.parquet"), str(out / STATUS_NAME), reasons, str(temporary)],
+            [*as_patterns([out / "urls.parquet", out / STATUS_NAME]), reasons, str(temporary)],
         )
-        count = connection.execute("SELECT count(*) FROM read_parquet($1)", [str(temporary)]).fetchall()[0][0]
+        count = pq.read_metadata(temporary).num_rows
     remove(out / _WORK)
     return count
 

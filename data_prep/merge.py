@@ -121,7 +121,7 @@ def merge_units(out: Path, processes: int, max_bad: float) -> Manifest:
         with replacing(out / name) as temporary:
             shutil.copytree(output.class_folder(out, name), temporary, copy_function=_link)
     counts = statistics.write_statistics(out, statistics.counted_shards(infos))
-    manifest = _manifest(plan, units, infos, _dropped(units) + duplicates, list(folders))
+    manifest = _manifest(plan, units, infos, _dropped(units) + duplicates, duplicates.total(), list(folders))
     report.write_report(out, manifest)
     manifest.save(out)
     output.release(out)
@@ -156,7 +156,8 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 def _reports(out: Path, plan: dict[str, Any]) -> list[UnitReport]:
     names = plan["units"]
-    reports = [output.unit_report(out, number) for number in range(len(names))]
+    digest = output.digest(plan)
+    reports = [output.unit_report(out, number, digest) for number in range(len(names))]
     missing = [str(name) for name, report in zip(names, reports, strict=True) if report is None]
     missing += [name for name in plan["class_folders"] if not output.class_folder(out, name).exists()]
     if missing:
@@ -194,6 +195,7 @@ def _manifest(
     units: list[UnitReport],
     infos: list[ShardInfo],
     dropped: Mapping[str, int],
+    duplicates: int,
     class_folders: list[str],
 ) -> Manifest:
     versions = {unit.parser for unit in units}
@@ -203,6 +205,10 @@ def _manifest(
             "different environments: begin anew in one of them with --overwrite True"
         )
     listed = sum(unit.pairs_listed for unit in units)
+    samples = sum(info.samples for info in infos)
+    lost = sum(left.samples for unit in units for left in unit.left_out) + duplicates
+    if samples + lost != sum(unit.samples_listed for unit in units):
+        raise RuntimeError(f"{samples} samples in the shards and {lost} left out do not make those listed")
     return Manifest(
         source=plan["source"],
         shards=infos,
@@ -239,7 +245,8 @@ def _say_summary(out: Path, manifest: Manifest, counts: Mapping[str, statistics.
 
 def main() -> None:
     config = parse(MergeConfig, description=__doc__)
-    if (config.out / MANIFEST_NAME).exists() and not (config.out / output.WORK_NAME).exists():
+    if output.is_complete(config.out):
+        output.release(config.out)  # where a merge was killed behind its manifest
         say(f"{config.out} is complete already: {MANIFEST_NAME} and {OBJECTS_NAME} are there")
         return
     merge(config.out, config.processes, config.max_bad)

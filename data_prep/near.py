@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_prep.duplicates import Decision, connect
+from data_prep.duplicates import Decision, as_patterns, connect
 from setclip.decode import DecodeError, decode_rgb
 from setclip.errors import InputError
 from setclip.log import progress, say
@@ -93,6 +93,10 @@ def leave_out_alike(
         if evaluation:
             database.register("evaluation", pa.table({"hash": pa.array(evaluation, pa.int64())}))
             _leave_out(decisions, database, _CONTAMINATED_QUERY, indices, bits, CONTAMINATED)
+        # What is left out already is no image that others could be duplicates of.
+        decided = [(number, row) for number, decision in decisions.items() for row in decision.leave_out]
+        columns = {"number": [n for n, _ in decided], "row": [row for _, row in decided]}
+        database.register("decided", pa.table({name: pa.array(v, pa.int64()) for name, v in columns.items()}))
         if near_duplicates:
             _leave_out(decisions, database, _NEAR_QUERY, indices, bits, NEAR_DUPLICATE)
 
@@ -107,7 +111,7 @@ def _leave_out(
 ) -> None:
     width = _BITS // (bits + 1)
     values: dict[str, Any] = {
-        "indices": [str(path) for path in indices],
+        "indices": as_patterns(indices),
         "bits": bits,
         "width": width,
         "mask": (1 << width) - 1,
@@ -136,7 +140,7 @@ def _images(folder: Path) -> Iterator[tuple[str, bytes]]:
 _HASHES = f"""
 samples AS (
     SELECT shards.number, file_row_number AS row, shards.split, "feature.{FEATURE}" AS hash
-    FROM read_parquet($indices, filename = true, file_row_number = true) AS rows
+    FROM read_parquet($indices, filename = true, file_row_number = true, hive_partitioning = false) AS rows
     JOIN shards ON rows.filename = shards.name
 )
 """
@@ -162,7 +166,7 @@ SELECT number, row FROM samples SEMI JOIN alike USING (hash) WHERE split = 'trai
 # Hashes stand for all images that have them: the first one may have an alike one before it, the others have the first.
 _NEAR_QUERY = f"""
 WITH {_HASHES}, ordered AS (
-    SELECT *, row_number() OVER (ORDER BY number, row) AS place FROM samples
+    SELECT *, row_number() OVER (ORDER BY number, row) AS place FROM samples ANTI JOIN decided USING (number, row)
 ), firsts AS (
     SELECT split, hash, min(place) AS place FROM ordered GROUP BY split, hash
 ), banded AS (

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.pack import REPORT_NAME, UnitReport
 from setclip.errors import InputError
-from setclip.files import remove, remove_partial, write_json
+from setclip.files import remove_partial, write_json
 from setclip.log import warn
 from setclip.manifest import MANIFEST_NAME, WORK_NAME
 from setclip.objects import OBJECTS_NAME
@@ -41,9 +42,9 @@ def claim(out: Path, plan: dict[str, Any], overwrite: bool) -> State:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"expected a folder at {out}, found a file; choose another --out")
-    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    # Other jobs of the same preparation may be claiming at this moment: an empty work folder is no stranger.
-    is_free = not found or (found == [WORK_NAME] and not (out / WORK_NAME / _PLAN_NAME).exists())
+    found = sorted(path.name for path in out.iterdir() if ".partial" not in path.name) if out.exists() else []
+    # Other jobs of the same preparation may be claiming at this moment: a work folder without work is no stranger.
+    is_free = not found or (found == [WORK_NAME] and not any(p.name[0] != "." for p in (out / WORK_NAME).iterdir()))
     if not overwrite:
         if MANIFEST_NAME in found and _planned(out) == digest(plan):
             return "complete"
@@ -57,6 +58,9 @@ def claim(out: Path, plan: dict[str, Any], overwrite: bool) -> State:
                 f"{', …' if len(found) > 3 else ''}; {len(found)} in all); choose another --out, or give --overwrite True to "
                 "replace what an earlier preparation wrote there"
             )
+    elif (out / WORK_NAME).exists():
+        with locked(out):
+            _clear_for(out, plan["class_folders"])
     elif not is_free:
         _clear_for(out, plan["class_folders"])
     (out / WORK_NAME).mkdir(parents=True, exist_ok=True)
@@ -70,14 +74,16 @@ def locked(out: Path, part: int = 0, parts: int = 1) -> Iterator[None]:
 
     Raises InputError where another job is at it. Where the file system knows no locks, that is said.
     """
-    wanted = [(out / WORK_NAME, fcntl.LOCK_SH if parts > 1 else fcntl.LOCK_EX)]
+    work = out / WORK_NAME
+    wanted = [(work / ".all.lock", fcntl.LOCK_SH if parts > 1 else fcntl.LOCK_EX)]
     if parts > 1:
-        wanted.append((out / WORK_NAME / f"part-{part}-of-{parts}.lock", fcntl.LOCK_EX))
+        wanted.append((work / f".of-{parts}.lock", fcntl.LOCK_SH))
+        wanted.append((work / f".part-{part}-of-{parts}.lock", fcntl.LOCK_EX))
+        # Jobs that deal the inputs out otherwise would do some of ours.
+        wanted += [(path, fcntl.LOCK_EX) for path in work.glob(".of-*.lock") if path.name != f".of-{parts}.lock"]
     with contextlib.ExitStack() as descriptors:  # closing them unlocks, and so does the end of the process
         for path, kind in wanted:
-            if path.suffix:
-                path.touch()
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             descriptors.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -107,12 +113,13 @@ def unit_folder(out: Path, number: int) -> Path:
     return out / WORK_NAME / f"{number:06d}"
 
 
-def unit_report(out: Path, number: int) -> UnitReport | None:
-    """Returns the report of a unit, or None where it is not done."""
+def unit_report(out: Path, number: int, plan: str) -> UnitReport | None:
+    """Returns the report of a unit, or None where it is not done for the preparation with this digest."""
     path = unit_folder(out, number) / REPORT_NAME
     if not path.exists():
         return None
-    return UnitReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    report = UnitReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return report if report.plan == plan else None
 
 
 def clear_unfinished(out: Path, number: int) -> None:
@@ -131,14 +138,31 @@ def digest(plan: dict[str, Any]) -> str:
 
 
 def announce(out: Path, files: Iterable[str], class_folders: Iterable[str]) -> None:
-    """Keeps the names that the merge is going to write into `out`, so that --overwrite knows them as ours."""
-    write_json(out / WORK_NAME / _TARGETS_NAME, {"files": list(files), "class_folders": list(class_folders)})
+    """Keeps the names that the merge is going to write into `out`, so that --overwrite knows them as ours.
+
+    Removes what an earlier merge wrote that was stopped, where this one does not write it.
+    """
+    path = out / WORK_NAME / _TARGETS_NAME
+    names = list(files)
+    if path.exists():
+        for name in set(json.loads(path.read_text(encoding="utf-8"))["files"]) - set(names):
+            (out / Path(name).name).unlink(missing_ok=True)
+    write_json(path, {"files": names, "class_folders": list(class_folders)})
 
 
 def release(out: Path) -> None:
-    """Removes the work folder, once the manifest is there."""
-    remove(out / WORK_NAME)
+    """Removes the work folder, once the manifest is there, and what killed processes left."""
+    if (out / WORK_NAME).exists():
+        # As one: half a work folder would look like one with other inputs done.
+        os.replace(out / WORK_NAME, out / f"{WORK_NAME}.{secrets.token_hex(6)}.partial")
     remove_partial(out)
+
+
+def is_complete(out: Path) -> bool:
+    """Whether the manifest is there and no other preparation was begun since; then nothing but `release` is left."""
+    if not (out / MANIFEST_NAME).exists():
+        return False
+    return not (out / WORK_NAME / _PLAN_NAME).exists() or _planned(out) == digest(read_plan(out))
 
 
 def _planned(out: Path) -> Any:
@@ -223,7 +247,6 @@ def _clear(out: Path, files: set[str], class_folders: set[str]) -> None:
         for path in [*(out / name).glob("*/"), out / name]:
             if path.is_dir():
                 path.rmdir()
-    remove_partial(out)
     for name in [*sorted(files - {MANIFEST_NAME}), MANIFEST_NAME]:  # the list last: killed here, one can start again
         (out / name).unlink(missing_ok=True)
-    remove(out / WORK_NAME)
+    release(out)

@@ -38,6 +38,7 @@ REPORT_NAME = "unit.json"
 
 _MAX_DEPTH = 32  # of nested metadata
 _PARSED_AT_ONCE = 512  # samples held in memory while their captions are parsed
+_BYTES_AT_ONCE = 64_000_000  # of their images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,8 @@ class UnitReport:
     """Version of the caption parser."""
     state: str
     """That of the unit when it was packed."""
+    plan: str = ""
+    """Digest of the plan it was packed for."""
 
     def dropped(self) -> dict[str, int]:
         """Returns reason to count."""
@@ -122,15 +125,16 @@ class UnitReport:
         )
 
 
-def pack_unit(unit: Unit, folder: Path, rules: PackRules) -> UnitReport:
+def pack_unit(unit: Unit, folder: Path, rules: PackRules, plan: str = "") -> UnitReport:
     """Writes a unit's shards and its report into the new folder `folder`, which appears whole or not at all.
 
+    `plan` is the digest of the preparation's plan: the report of another preparation is none of this one's.
     Raises InputError that names the unit where the input cannot be read or the output not be written.
     """
     try:
         with replacing(folder) as temporary:
             temporary.mkdir()
-            report = _Packer(unit, temporary, rules).run()
+            report = dataclasses.replace(_Packer(unit, temporary, rules).run(), plan=plan)
             write_json(temporary / REPORT_NAME, report.to_dict())
     except OSError as error:
         raise InputError(
@@ -164,7 +168,7 @@ class _Packer:
         samples = self._samples()
         with ExitStack() as open_shard:
             writer: ShardWriter | None = None
-            while block := list(itertools.islice(samples, _PARSED_AT_ONCE)):
+            while block := _next_block(samples):
                 for sample in block if parser is None else _with_objects(parser, block):
                     if writer is not None and self._is_full(writer, sample):
                         self._close(open_shard, writer)
@@ -272,6 +276,16 @@ class _Packer:
             return True
         self.left_out[fault, "filtered", False] += 1
         return False
+
+
+def _next_block(samples: Iterator[Sample]) -> list[Sample]:
+    """Returns the samples that are parsed at once; where images are large, fewer."""
+    block: list[Sample] = []
+    size = 0
+    while len(block) < _PARSED_AT_ONCE and size < _BYTES_AT_ONCE and (sample := next(samples, None)) is not None:
+        block.append(sample)
+        size += len(sample.image)
+    return block
 
 
 def _with_objects(parser: "PosParser", block: list[Sample]) -> Iterator[Sample]:

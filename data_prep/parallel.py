@@ -4,13 +4,19 @@ Used by `data_prep.run`, `data_prep.merge` and the commands that go over shards.
 spaCy's libraries and whatever else this process has loaded may hold threads, which a fork does not survive.
 """
 
+import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from setclip.errors import InputError
 from setclip.log import Meter
 
 T = TypeVar("T")
@@ -49,12 +55,32 @@ def run_tasks(
             for task, size in zip(tasks, sizes, strict=True):
                 take(task(), size)
         else:
-            with multiprocessing.get_context("spawn").Pool(processes, _die_with_parent, (os.getpid(),)) as pool:
-                for result, size in zip(pool.imap(_call, tasks), sizes, strict=True):
+            with contextlib.closing(_in_processes(tasks, processes)) as made:
+                for result, size in zip(made, sizes, strict=True):
                     take(result, size)
     finally:
         meter.close()
     return results
+
+
+def _in_processes(tasks: Sequence[Callable[[], T]], processes: int) -> Generator[T, None, None]:
+    """Yields the results in order. Raises InputError where the system has killed a process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _die_with_parent, (os.getpid(),)) as pool:
+        left = iter(tasks)
+        waiting = deque(pool.submit(_call, task) for task in itertools.islice(left, 2 * processes))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(_call, task) for task in itertools.islice(left, 1))
+                yield result
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"expected {processes} processes to do their work, found one of them killed, most often because memory was "
+                "short; give the job more of it or fewer --processes, and start again"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _die_with_parent(parent: int) -> None:

@@ -43,7 +43,6 @@ _MOST_SPLITS = 4  # among the key figures
 _MOST_BARS = 40  # of a histogram
 _POINTS = 400  # of the curve of counts
 _MOST_CHARACTERS = 300  # of a setting
-_PER_CAPTION = "(captions, not samples)"
 _ASPECTS = {1 / 4: "1:4", 1 / 2: "1:2", 2 / 3: "2:3", 1: "1:1", 3 / 2: "3:2", 2: "2:1", 4: "4:1"}
 
 
@@ -190,12 +189,12 @@ def losses_section(manifest: Manifest) -> report.Section:
     dropped = _most_first(manifest.dropped)
     if dropped:
         listed = manifest.samples_listed or sum(shard.samples for shard in manifest.shards) + sum(
-            count for reason, count in dropped if not _is_of_captions(reason)
+            count for reason, count in dropped if not _is_of_no_samples(reason)
         )
         most = max(count for _, count in dropped)
         rows: list[list[str]] = []
         for reason, count in dropped[:_MOST_ROWS]:
-            whole = manifest.pairs_listed if _is_of_captions(reason) else listed
+            whole = manifest.pairs_listed if _is_of_no_samples(reason) else listed
             rows.append([reason, f"{count:,}", _percent(count, whole), report.bar(_share(count, most))])
         if len(dropped) > _MOST_ROWS:
             rest = sum(count for _, count in dropped[_MOST_ROWS:])
@@ -438,7 +437,7 @@ def _worst_inputs(manifest: Manifest) -> list[list[str]]:
     ]
     rows = []
     for number, name, entry in sorted(lost, key=lambda item: (-item[0], item[1]))[:_WORST_INPUTS]:
-        reasons = [(reason, count) for reason, count in _most_first(entry["dropped"]) if not _is_of_captions(reason)]
+        reasons = [(reason, count) for reason, count in _most_first(entry["dropped"]) if not _is_of_no_samples(reason)]
         main = f"{reasons[0][0]} ({reasons[0][1]:,})" if reasons else "–"
         rows.append([_cut(name, 80), f"{entry['listed']:,}", f"{number:,}", _percent(number, entry["listed"]), main])
     return rows
@@ -448,8 +447,8 @@ def _most_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _is_of_captions(reason: str) -> bool:
-    return reason.endswith(_PER_CAPTION)
+def _is_of_no_samples(reason: str) -> bool:
+    return reason.endswith(", not samples)")
 
 
 def _shortened(texts: Sequence[str]) -> list[str]:

@@ -27,7 +27,7 @@ from setclip.errors import InputError
 from setclip.files import replacing
 from setclip.log import say, warn
 from setclip.lookup import look_up
-from setclip.manifest import FORMAT_VERSION, Manifest
+from setclip.manifest import FORMAT_VERSION, WORK_NAME, Manifest
 
 _SAMPLES_BEFORE_CEILING = 2_000  # seen before a share of bad samples stops a job that is not at its end
 
@@ -91,26 +91,28 @@ def prepare(source: str, config: PrepareConfig) -> Manifest | None:
     state = output.claim(config.out, described, config.overwrite)
     if state == "complete":
         say(f"{config.out} is complete already, with these settings and inputs")
-        output.release(config.out)
+        if (config.out / WORK_NAME).exists():  # a merge was killed behind its manifest
+            with output.locked(config.out):
+                output.release(config.out)
         return Manifest.load(config.out)
     for text in plan.warnings:
         warn(text)
     with output.locked(config.out, part, parts):
-        _pack(plan, config, part, parts, is_resumed=state == "unfinished")
+        _pack(plan, config, part, parts, output.digest(described), is_resumed=state == "unfinished")
         if parts == 1:
             return merge_units(config.out, config.processes, config.max_bad)
     say(f"part {part} of {parts} is done; after the last one: python -m data_prep.merge {config.out}")
     return None
 
 
-def _pack(plan: Plan, config: PrepareConfig, part: int, parts: int, is_resumed: bool) -> None:
+def _pack(plan: Plan, config: PrepareConfig, part: int, parts: int, digest: str, is_resumed: bool) -> None:
     """Packs the units of this part that are not done."""
     mine = range(part, len(plan.units), parts)
     done: list[UnitReport] = []
     left: list[int] = []
     changed: list[str] = []
     for number in mine:
-        report = output.unit_report(config.out, number)
+        report = output.unit_report(config.out, number, digest)
         if report is not None and report.state == plan.units[number].state:
             done.append(report)
         else:
@@ -135,7 +137,7 @@ def _pack(plan: Plan, config: PrepareConfig, part: int, parts: int, is_resumed: 
         return f"{tally.packed:,} samples, {tally.listed - tally.packed:,} left out"
 
     run_tasks(
-        [partial(pack_unit, plan.units[n], output.unit_folder(config.out, n), rules) for n in left],
+        [partial(pack_unit, plan.units[n], output.unit_folder(config.out, n), rules, digest) for n in left],
         config.processes,
         description="packing",
         sizes=[1] * len(left),

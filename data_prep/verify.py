@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
+import pyarrow as pa
 import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.duplicates import MEMORY_LIMIT
+from data_prep.duplicates import MEMORY_LIMIT, as_patterns
 from data_prep.output import REPORT_PAGE, WORK_NAME
 from data_prep.parallel import run_tasks
 from data_prep.repair import Repaired, repair
@@ -160,9 +161,10 @@ def _repeated(
         database.execute("SET temp_directory = ?", [str(scratch)])
         database.execute("SET preserve_insertion_order = false")
         database.execute("SET threads = 2")  # a thread holds buffers of its own
-        database.execute("CREATE TABLE shards (file VARCHAR, number BIGINT)")
-        database.executemany("INSERT INTO shards VALUES (?, ?)", [(str(path), n) for n, path in enumerate(files)])
-        found = database.execute(_REPEATED, [[str(path) for path in files]])
+        database.register(
+            "shards", pa.table({"file": [str(path.resolve()) for path in files], "number": range(len(files))})
+        )
+        found = database.execute(_REPEATED, [as_patterns(files)])
         first: tuple[str, int] = ("", 0)
         while batch := found.fetchmany(10_000):
             for key, number in batch:
@@ -179,7 +181,8 @@ def _repeated(
 
 _REPEATED = """
 WITH samples AS (
-    SELECT shards.number, key FROM read_parquet(?, filename = true) AS rows JOIN shards ON rows.filename = shards.file
+    SELECT shards.number, key FROM read_parquet(?, filename = true, hive_partitioning = false) AS rows
+    JOIN shards ON rows.filename = shards.file
 )
 SELECT key, number FROM samples SEMI JOIN (SELECT key FROM samples GROUP BY key HAVING count(*) > 1) USING (key)
 ORDER BY key, number

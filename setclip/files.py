@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,12 @@ from typing import Any
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed and renamed to `path`, on an error removed.
 
-    The temporary name keeps the suffix (some writers look at it) and carries the process id, so that two processes
-    never write the same temporary file. A folder can be made at the temporary path instead of a file; it then
+    The temporary name keeps the suffix (some writers look at it) and has random digits, so that two processes, on any
+    machines, never write the same temporary file. A folder can be made at the temporary path instead of a file; it then
     replaces an existing folder of the final name.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    remove(temporary)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(6)}.partial{path.suffix}")
     try:
         yield temporary
         if temporary.is_dir():

@@ -185,7 +185,8 @@ class ShardWriter:
         offsets = ("start", "end", "image_offset", "json_offset")
         place = tuple(entry[name] + shift if name in offsets else entry[name] for name in _PLACES.names)
         objects = {name.removeprefix(_OBJECTS): v for name, v in entry.items() if name.startswith(_OBJECTS)}
-        captions = len(next(iter(objects.values()))) if objects else len(shard.read(row).captions)
+        known = [lists for lists in objects.values() if lists is not None]
+        captions = len(known[0]) if known else len(shard.read(row).captions)
         self._append(shard.read_bytes(entry["start"], entry["end"]), place, captions, objects, features)
 
     def __exit__(self, kind, value, traceback) -> None:

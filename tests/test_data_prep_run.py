@@ -47,7 +47,9 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path):
 
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match=r"expected an empty folder at .*found entries \(mine.txt; 1 in all\).*--overwrite"):
+    with pytest.raises(
+        InputError, match=r"expected an empty folder at .*found entries \(mine.txt; 1 in all\).*--overwrite"
+    ):
         prepare("scenes", scenes(tmp_path))
     assert contents(tmp_path) == {"mine.txt": b"x"}
 

@@ -20,8 +20,8 @@ from data_prep.duplicates import DUPLICATE
 from data_prep.pack import EMPTY_CAPTION, NO_CAPTION_LEFT
 from data_prep.run import prepare
 from data_prep.sources import folder, untrusted
-from data_prep.sources.folder import FolderConfig, plan
-from data_prep.sources.untrusted import NO_CAPTION, NO_IMAGE
+from data_prep.sources.folder import UNNAMED, FolderConfig, plan
+from data_prep.sources.untrusted import NO_IMAGE
 from setclip.errors import InputError
 from setclip.manifest import Manifest
 from setclip.objects import read_objects
@@ -113,7 +113,7 @@ def test_every_reason_to_drop_is_counted_and_the_rest_is_kept(tmp_path):
     manifest = prepare("folder", config)
     left_out = dict(manifest.dropped)
     assert left_out.pop(EMPTY_CAPTION) == 4
-    for reason in (NO_IMAGE, NO_CAPTION, NO_CAPTION_LEFT, DUPLICATE, "not JPEG, PNG or WebP"):
+    for reason in (NO_IMAGE, UNNAMED, NO_CAPTION_LEFT, DUPLICATE, "not JPEG, PNG or WebP"):
         assert left_out.pop(reason) == 1, reason
     assert sum(left_out.values()) == 2  # the cut JPEG and the empty file
     samples = [sample for shard in manifest.shards for sample in Shard(config.out / shard.name)]
@@ -158,7 +158,7 @@ def test_a_tar_gives_the_same_samples_as_the_folder(tmp_path):
         tar.add(config.images / "lonely.jpg", "in/lonely.jpg")
     from_tar = write(tmp_path, {}, lines, images=tmp_path / "images.tar")
     assert read(from_tar) == read(config)
-    assert dropped(read(from_tar)) == [(NO_IMAGE, "bad", 1, 1), (NO_CAPTION, "bad", 0, 0)]
+    assert dropped(read(from_tar)) == [(NO_IMAGE, "bad", 1, 1), (UNNAMED, "bad", 0, 0)]
 
 
 @pytest.mark.parametrize("content", [gzip.compress(picture(1)), b"no tar" * 200])
@@ -222,7 +222,7 @@ def test_names_in_subfolders_and_images_without_caption_are_found(tmp_path):
     images = {"in/a.jpg": picture(1), "in/b.png": picture(2), "c.JPG": picture(3), "notes.txt": b"x"}
     items = read(write(tmp_path, images, [line("in/a.jpg", "a dog")]))
     assert [record.name for record in records(items)] == ["in/a.jpg"]
-    assert dropped(items) == [(NO_CAPTION, "bad", 0, 0)] * 2
+    assert dropped(items) == [(UNNAMED, "bad", 0, 0)] * 2
 
 
 OUTSIDE = ["/etc/hostname.jpg", "../secret.jpg", "in/../../secret.jpg"]

@@ -1,7 +1,10 @@
 """Jobs, kills and merges: whatever the way, the same folder comes out, each sample once."""
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from data_prep import merge as merge_module
 from data_prep import output
 from data_prep.duplicates import DUPLICATE
 from data_prep.merge import merge
+from data_prep.parallel import run_tasks
 from data_prep.run import prepare
 from data_prep.sources.tars import TarsConfig
 from setclip.errors import InputError
@@ -180,7 +184,7 @@ def test_an_unreadable_input_names_itself_and_leaves_what_is_done(tars, tmp_path
     with pytest.raises(InputError, match=r"00002\.tar"):
         prepare("tars", config(tars, tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*.tar"))
-    assert sorted(p.name for p in (tmp_path / "out" / ".parts").iterdir()) == ["000000", "000001", "plan.json"]
+    assert sorted(p.name for p in (tmp_path / "out" / ".parts").glob("0*")) == ["000000", "000001"]
     write_tar(tars / "00002.tar", [20])
     assert len(prepare("tars", config(tars, tmp_path / "out")).inputs) == 4
 
@@ -229,7 +233,7 @@ command(main)
         r"error: .*00000\.tar: could not read it or write its shards .* File too large.*start again", run.stderr
     )
     assert not list(out.glob("*.tar"))
-    assert [p.name for p in (out / ".parts").iterdir()] == ["plan.json"]
+    assert not list((out / ".parts").glob("0*"))
     prepare("tars", config(tars, out))
     assert contents(out) == contents(tmp_path / "expected")
 
@@ -270,3 +274,87 @@ def test_an_unfinished_preparation_says_how_to_go_on(tars, tmp_path):
     prepare("tars", config(tars, tmp_path / "out", part=0, parts=2))
     with pytest.raises(InputError, match=r"unfinished preparation; .* `python -m data_prep\.merge .*out`"):
         Manifest.load(tmp_path / "out")
+
+
+def test_an_overwrite_killed_half_way_leaves_nothing_that_counts_as_done(tars, tmp_path):
+    prepare("tars", config(tars, tmp_path / "out", part=0, parts=2))
+    (tmp_path / "out" / ".parts" / "plan.json").unlink()  # as if the removal had been stopped behind it
+    with pytest.raises(InputError, match="expected an empty folder"):
+        prepare("tars", config(tars, tmp_path / "out", shard_size=2))
+    manifest = prepare("tars", config(tars, tmp_path / "out", shard_size=2, overwrite=True))
+    assert max(info.samples for info in manifest.shards) == 2
+
+
+def test_what_was_packed_for_another_plan_is_not_done_for_this_one(tars, tmp_path):
+    prepare("tars", config(tars, tmp_path / "a", part=0, parts=2))
+    prepare("tars", config(tars, tmp_path / "b", part=1, parts=2, shard_size=2))
+    shutil.copytree(tmp_path / "a" / ".parts" / "000000", tmp_path / "b" / ".parts" / "000000")
+    with pytest.raises(InputError, match=r"found 2 that are not: .*00000\.tar, .*00002\.tar"):
+        merge(tmp_path / "b", 1, 0.05)
+
+
+def test_overwriting_under_a_running_job_is_refused(tars, tmp_path):
+    prepare("tars", config(tars, tmp_path / "out", part=0, parts=2))
+    with output.locked(tmp_path / "out"), pytest.raises(InputError, match="expected no other job"):
+        prepare("tars", config(tars, tmp_path / "out", overwrite=True))
+    assert output.read_plan(tmp_path / "out")["source"] == "tars"
+
+
+def test_jobs_that_deal_the_inputs_out_otherwise_do_not_run_together(tars, tmp_path):
+    prepare("tars", config(tars, tmp_path / "out", part=0, parts=2))
+    with output.locked(tmp_path / "out", 1, 2), pytest.raises(InputError, match="expected no other job"):
+        prepare("tars", config(tars, tmp_path / "out", part=0, parts=3))
+    prepare("tars", config(tars, tmp_path / "out", part=0, parts=3))
+
+
+@pytest.mark.parametrize("left", ["everything", "no plan"])
+def test_a_merge_killed_behind_its_manifest_is_finished_by_either_command(tars, tmp_path, monkeypatch, capsys, left):
+    expected = prepare("tars", config(tars, tmp_path / "expected"))
+    for command in ("merge", "run"):
+        out = tmp_path / f"{left}-{command}"
+        with monkeypatch.context() as patch:
+            patch.setattr(output, "release", lambda _: None)
+            assert prepare("tars", config(tars, out)) == expected
+        if left == "no plan":
+            (out / ".parts" / "plan.json").unlink()
+        if command == "merge":
+            monkeypatch.setattr("sys.argv", ["merge", str(out)])
+            merge_module.main()
+            assert "is complete already" in capsys.readouterr().out
+        else:
+            prepare("tars", config(tars, out))
+        assert contents(out) == contents(tmp_path / "expected")
+
+
+def test_a_merge_started_again_after_an_input_shrank_leaves_no_shard_of_the_first(tars, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module.statistics, "write_statistics", killed)
+        with pytest.raises(Killed):
+            prepare("tars", config(tars, out))
+    write_tar(tars / "00000.tar", [50])
+    prepare("tars", config(tars, out))
+    prepare("tars", config(tars, tmp_path / "expected"))
+    assert contents(out) == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("name", ["d[1]", "a*b?", "key=5", "{x}", "~home"])
+def test_any_name_of_the_folder_finds_the_same_duplicates(tars, tmp_path, monkeypatch, name):
+    prepare("tars", config(tars, tmp_path / "d1", part=0, parts=2))  # what "d[1]" would match as a pattern
+    monkeypatch.chdir(tmp_path)
+    assert prepare("tars", config(tars, Path(name) / "out")).dropped == {DUPLICATE: 2}
+
+
+def test_a_worker_that_the_system_kills_is_an_error_that_says_so():
+    with pytest.raises(InputError, match=r"found one of them killed, most often because memory was short"):
+        run_tasks([die, die, die], 2, "dying", [1, 1, 1])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -19,6 +19,8 @@ from data_prep.sources.places import InputFile, some, state_of
 from data_prep.sources.untrusted import NOT_DOWNLOADED
 from setclip.errors import InputError
 
+_LEVELS = 2  # a tar lies in FOLDER/attempt-N
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
@@ -33,13 +35,16 @@ class Fetched:
 
 
 def take_fetched(given: Sequence[str], files: list[InputFile]) -> tuple[list[Fetched], list[InputFile]]:
-    """Returns the folders of `data_prep.fetch` among those given, and the files that are in none of them.
+    """Returns the folders of `data_prep.fetch` that are given or hold some of the files, and the files that are in none.
 
-    Raises InputError where a download was not finished, or a tar of it is missing.
+    A part of such a folder cannot be counted: all tars that its table names must be among the files. Raises InputError
+    where one is not, or where a download was not finished.
     """
+    places = [Path(text) for text in given if Path(text).is_dir()]
+    places += [folder for file in files for folder in list(file.path.parents)[:_LEVELS]]
     fetched = []
-    for folder in (Path(text) for text in dict.fromkeys(given)):
-        if not folder.is_dir() or not _is_fetched(folder):
+    for folder in dict.fromkeys(places):
+        if not _is_fetched(folder):
             continue
         inside = [file for file in files if folder in file.path.parents]
         files = [file for file in files if folder not in file.path.parents]
@@ -99,7 +104,7 @@ def _fetched_tars(folder: Path, found: list[InputFile]) -> tuple[int, list[Input
     if missing := sorted(named - places.keys()):
         raise InputError(
             f"expected the {len(named):,} tars that {table} names, found {len(named) - len(missing):,}; missing: "
-            f"{some(missing)}; copy them back"
+            f"{some(missing)}; copy them back, and give the folder as a whole"
         )
     other = sorted(name for name, file in places.items() if name not in named and not _is_empty(file.path))
     warnings = []

@@ -33,7 +33,6 @@ from data_prep.sources.places import check_split
 from data_prep.sources.untrusted import (
     LARGE_IMAGE,
     MAX_TEXT_BYTES,
-    NO_CAPTION,
     NO_IMAGE,
     deliver,
 )
@@ -52,6 +51,9 @@ Lines = Iterator[tuple[int, int, bytes]]
 
 Entry = tuple[str, list[str], Any]
 """What a line says: file name, captions, url or None."""
+
+
+UNNAMED = "image that no caption names (images, not samples)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,7 @@ def read_lonely(file: CaptionFile, images: Path) -> Iterator[Record | Dropped]:
         there = array("Q", map(_hash, found.names()))
     lonely = ~np.isin(np.frombuffer(there, np.uint64), np.frombuffer(named, np.uint64))
     for _ in range(int(lonely.sum())):
-        yield Dropped(NO_CAPTION, pairs=0, samples=0)
+        yield Dropped(UNNAMED, pairs=0, samples=0)
 
 
 # --- images
