@@ -3,8 +3,9 @@
     SETCLIP_REAL_DATA=DIR python -m benchmarks.loss [--quick True] [--json FILE]
 
 DIR/captions holds cc3m_val_first8000, laion_10k, coco_val2014_30k and flickr30k (.tsv.gz, the caption in the last column).
-Times are CPU seconds of one thread, forward and backward, the least of some repeats that take turns. Features are drawn
-at random (D = 512, fp32), each image near its text. Memory is the peak of a process of its own above its inputs.
+Times are CPU seconds of one thread, forward and backward, the least of some repeats that take turns; "soft" makes its
+targets, "targets ready" has them, "soft part" makes and applies them. Features are drawn at random (D = 512, fp32), each
+image near its text. Memory is the peak of a process of its own above its inputs.
 """
 
 import gzip
@@ -20,11 +21,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import setclip  # noqa: F401 (before torchvision, which open_clip imports)
+
+# isort: split
 import torch
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-import setclip  # noqa: F401 (before torchvision, which open_clip imports)
 from benchmarks.parsing import corpus
 from data_prep.parse_pos import PosParser
 from pretrain.loader import pad_objects

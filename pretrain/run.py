@@ -170,15 +170,23 @@ def train(recipe: str, config: PretrainConfig) -> Path:
             grad_norm = engine.step(output.loss, lr)
             step += 1
             samples_seen += config.global_batch_size
-            means = distributed.mean_over_ranks(torch.stack([output.loss, output.kl, output.true_pair_mass]))
-            loss, kl, mass = means.tolist()
+            figures = (output.loss, output.kl, output.true_pair_mass, output.similar_pairs, output.equal_pairs)
+            loss, kl, mass, similar, equal = distributed.mean_over_ranks(torch.stack(figures)).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss {loss} at step {step}, samples {batch.keys[:3]}…; lower --optim.lr and resume"
             )
         if batch.skips:
             log.skipped(world.rank, step, batch.skips)
-        log.add(config.global_batch_size, loss=loss, kl=kl, true_pair_mass=mass, grad_norm=grad_norm)
+        log.add(
+            config.global_batch_size,
+            loss=loss,
+            kl=kl,
+            true_pair_mass=mass,
+            similar_pairs=similar,
+            equal_pairs=equal,
+            grad_norm=grad_norm,
+        )
 
         last = step == plan.total_steps
         if step % config.log_every_steps == 0 or last:

@@ -1,0 +1,164 @@
+"""The subset expansion: every pair of sets, every count and every target against loops over Python sets."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import loss_reference as reference
+import pytest
+import torch
+from loss_reference import BATCHES, ids
+
+from pretrain.losses import LossConfig, sets, subsets
+from pretrain.losses.counts import count_others
+from pretrain.losses.expansion import expand
+from pretrain.losses.operators import make_targets
+from pretrain.losses.sets import collapse
+from pretrain.losses.similarity import AtLeast, ExpIou, Iou, coefficient, remainder
+from pretrain.losses.subsets import find_overlaps
+
+SIMILARITIES = [Iou(), ExpIou(0.05), ExpIou(0.3), AtLeast(0.5), AtLeast(1.0), AtLeast(1e-9)]
+CONFIGS = [
+    LossConfig(name="hard"),
+    LossConfig(name="label_smoothing", smoothing=0.2),
+    LossConfig(name="label_smoothing", smoothing=0.3, smoothing_split="all"),
+    LossConfig(target="budget", beta=0.2),
+    LossConfig(target="budget", beta=0.5, no_overlap="uniform"),
+    LossConfig(target="mix", beta=0.3),
+    LossConfig(target="l1"),
+    LossConfig(target="softmax"),
+    LossConfig(target="softmax", temperature=0.3),
+    LossConfig(name="multi_positive"),
+    LossConfig(name="multi_positive", threshold=1.0),
+    LossConfig(name="multi_positive", threshold=1e-9),
+]
+batches = pytest.mark.parametrize("name", BATCHES)
+
+
+@pytest.fixture(params=["pairs only where they are fewer", "every row but the smallest by its pairs"])
+def few(request, monkeypatch):
+    if request.param.startswith("every"):
+        monkeypatch.setattr(subsets, "_FEW", 0)
+
+
+@batches
+@pytest.mark.usefixtures("few")
+def test_the_expansion_is_the_similarity_of_every_pair(name):
+    overlaps = find_overlaps(collapse(*map(ids, BATCHES[name])))
+    image_sets, text_sets = BATCHES[name]
+    of_images, of_texts = overlaps.classes.of_images, overlaps.classes.of_texts
+    for similarity in SIMILARITIES:
+        dense = expand(overlaps, similarity).times(torch.eye(len(overlaps.classes), dtype=torch.float64))
+        wanted = [[float(similarity(len(a & b), len(a) + len(b))) for b in text_sets] for a in image_sets]
+        torch.testing.assert_close(
+            dense[of_images][:, of_texts], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=3e-15
+        )
+        torch.testing.assert_close(dense, dense.T, rtol=0, atol=3e-15)
+
+
+@batches
+@pytest.mark.usefixtures("few")
+def test_the_counts_are_those_of_a_loop(name):
+    for others, (rows, columns) in zip(
+        count_others(find_overlaps(collapse(*map(ids, BATCHES[name])))),
+        (BATCHES[name], BATCHES[name][::-1]),
+        strict=True,
+    ):
+        found = {}
+        entries = [part.tolist() for part in (others.kinds, others.shared, others.sizes, others.counts)]
+        for kind, shared, size, count in zip(*entries, strict=True):
+            assert (kind, shared, size) not in found
+            found[kind, shared, size] = count
+        for i, kind in enumerate(others.of_rows.tolist()):
+            wanted = {}
+            for j, b in enumerate(columns):
+                if i != j and rows[i] & b:
+                    key = (kind, len(rows[i] & b), len(rows[i]) + len(b))
+                    wanted[key] = wanted.get(key, 0) + 1
+            assert {key: n for key, n in found.items() if key[0] == kind} == wanted
+            assert int(others.overlapping[kind]) == sum(wanted.values())
+
+
+@batches
+def test_the_operator_is_the_mean_of_both_directions_targets(name):
+    image_sets, text_sets = BATCHES[name]
+    unit = torch.eye(len(image_sets), dtype=torch.float64)
+    for config in CONFIGS:
+        made = make_targets(ids(image_sets), ids(text_sets), config)
+        of_images = reference.targets(image_sets, text_sets, config)
+        of_texts = reference.targets(text_sets, image_sets, config)
+        wanted = (of_images + of_texts.T) / 2
+        context = f"{name}, {config}"
+        off_diagonal = wanted - wanted.diag().diag()
+        for found, dense in (
+            (made.diagonal, wanted.diag()),
+            (made.times_texts(unit), off_diagonal),
+            (made.times_images(unit), off_diagonal.T),
+        ):
+            torch.testing.assert_close(found, dense, rtol=1e-13, atol=1e-14, msg=lambda m, c=context: f"{c}: {m}")
+        assert made.entropy == pytest.approx(float(reference.entropy(image_sets, text_sets, config)), abs=1e-13), (
+            context
+        )
+        mass = float(of_images.diag().mean() + of_texts.diag().mean()) / 2
+        assert made.true_pair_mass == pytest.approx(mass, abs=1e-14), context
+
+
+@batches
+def test_the_meter_counts_the_pairs_that_a_hard_loss_takes_for_negatives(name):
+    image_sets, text_sets = BATCHES[name]
+    size = len(image_sets)
+    made = make_targets(ids(image_sets), ids(text_sets), LossConfig(name="hard"))
+    ious = [reference.iou(image_sets[i], text_sets[j]) for i in range(size) for j in range(size) if i != j]
+    assert made.similar_pairs == pytest.approx(sum(v >= 0.5 for v in ious) / max(1, len(ious)))
+    assert made.equal_pairs == pytest.approx(sum(v == 1 for v in ious) / max(1, len(ious)))
+
+
+def test_coefficients_of_iou_have_the_closed_form():
+    for sizes in (2, 3, 10, 64, 128):
+        for order in range(1, sizes // 2 + 1):
+            assert coefficient(Iou(), order, sizes) == Fraction(1, math.comb(sizes - 1, order))
+
+
+def test_what_subsets_leave_of_a_pair_is_nothing_up_to_three_objects():
+    for similarity in SIMILARITIES:
+        for shared, sizes in itertools.product((1, 2, 3), (8, 30)):
+            assert remainder(similarity, shared, sizes) == 0
+    assert remainder(Iou(), 4, 8) == Fraction(1, math.comb(7, 4))
+
+
+def test_thresholds_are_decided_on_whole_numbers():
+    """3 of 10 objects in the union is 0.3, though 3 / 10 and 0.3 need not be the same number in floating point."""
+    assert AtLeast(0.3)(3, 13) == 1
+    assert AtLeast(0.30000001)(3, 13) == 0
+    assert AtLeast(0.7)(7, 17) == 1
+
+
+def test_ids_that_repeat_in_a_row_count_once():
+    twice = torch.tensor([[5, 7, 5, -1], [7, 5, -1, -1], [-1, -1, 9, 9]])
+    classes = collapse(twice, twice)
+    assert classes.sides_are_equal
+    assert classes.sizes[classes.of_images].tolist() == [2, 2, 1]
+    assert classes.of_images[0] == classes.of_images[1] != classes.of_images[2]
+
+
+@pytest.mark.parametrize("name", ["small sets on both sides", "equal sides", "0 to 64 objects"])
+def test_equal_hashes_do_not_make_equal_sets(name, monkeypatch):
+    image_sets, text_sets = BATCHES[name]
+    monkeypatch.setattr(sets, "_hash", lambda rows: (rows >= 0).sum(1) % 2)
+    classes = collapse(ids(image_sets), ids(text_sets))
+    everything = image_sets + text_sets
+    numbers = torch.cat([classes.of_images, classes.of_texts]).tolist()
+    for (a, number), (b, other) in itertools.combinations(zip(everything, numbers, strict=True), 2):
+        assert (a == b) == (number == other)
+
+
+def test_the_work_grows_with_the_captions_and_not_with_their_pairs():
+    """Four times the captions of one law: the entries grow some four times, pairs that share an object sixteen times."""
+    entries = []
+    for size in (500, 2000):
+        drawn = reference.zipf_sets(size, 5, 20_000, 7, least=1)
+        overlaps = find_overlaps(collapse(ids(drawn), ids(drawn)))
+        assert len(overlaps.pairs.rows) < size
+        expansion = expand(overlaps, Iou())
+        entries.append(len(expansion.has.columns) + len(expansion.coefficients.columns))
+    assert entries[1] < 7 * entries[0]
