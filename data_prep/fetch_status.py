@@ -13,8 +13,8 @@ from pathlib import Path
 import duckdb
 import pyarrow.parquet as pq
 
-from data_prep.fetch_run import SHARD_DIGITS
 from data_prep.duplicates import as_patterns
+from data_prep.fetch_run import SHARD_DIGITS
 from setclip.errors import InputError
 from setclip.files import remove, replacing
 
