@@ -197,7 +197,7 @@ def rank_cases(names):
     return list(itertools.product(names, (False, True), CONFIGS))
 
 
-@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))])
 def test_ranks_together_equal_the_reference(world_size):
     names = ["small sets on both sides", "0 to 64 objects", "all identical", "all empty"]
     truths = {}
@@ -226,6 +226,7 @@ def bf16_of_rank():
     return [distributed.mean_over_ranks(value.float()) for value in with_gradients(loss, images, texts, theta)]
 
 
+@pytest.mark.slow
 def test_ranks_in_bf16_equal_one_rank_but_for_rounding():
     pair = features(torch.bfloat16)
     alone = found(LossConfig(), math.exp(3.0), pair=pair, dtype=torch.float32)

@@ -215,6 +215,7 @@ def test_inputs_that_different_parsers_have_parsed_are_refused(tars, tmp_path):
         prepare("tars", config(tars, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_named_and_the_next_start_goes_on(tars, tmp_path):
     prepare("tars", config(tars, tmp_path / "expected"))
     out = tmp_path / "out"

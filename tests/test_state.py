@@ -93,6 +93,7 @@ def check_bit_identical(found):
         assert all(torch.equal(run["final"][n], run["resumed_final"][n]) for n in run["final"]), stage
 
 
+@pytest.mark.slow
 def test_a_resume_on_the_same_layout_is_bit_identical_at_every_stage(one_rank):
     check_bit_identical(one_rank)
 
