@@ -200,6 +200,7 @@ def command(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_the_command_names_the_nearest_recipe_and_flag():
     wrong = command("tinny")
     assert wrong.returncode == 2
