@@ -60,22 +60,31 @@ def connect(indices: Sequence[Path], splits: Sequence[str], scratch: Path) -> It
 
     Raises InputError for what goes wrong in it, and if it does not see each of the indices.
     """
+    with bounded_database(scratch) as database:
+        _register(database, indices, splits)
+        yield database
+
+
+@contextlib.contextmanager
+def bounded_database(scratch: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Gives a database that holds at most MEMORY_LIMIT in memory; the rest goes to `scratch`. Raises InputError for what
+    goes wrong in it.
+    """
     try:
         with duckdb.connect() as database:
-            _set_up(database, indices, splits, scratch)
+            database.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
+            database.execute("SET temp_directory = ?", [str(scratch)])
+            database.execute("SET preserve_insertion_order = false")
+            database.execute("SET threads = 2")  # a thread holds buffers of its own
             yield database
     except duckdb.Error as error:
         raise InputError(
-            f"expected to search {len(indices):,} indices with {MEMORY_LIMIT} of memory and files in {scratch}, found {error}; "
-            "make room on the disk and start again"
+            f"expected to search indices with {MEMORY_LIMIT} of memory and files in {scratch}, found {error}; make room on "
+            "the disk and start again"
         ) from error
 
 
-def _set_up(database: duckdb.DuckDBPyConnection, indices: Sequence[Path], splits: Sequence[str], scratch: Path) -> None:
-    database.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
-    database.execute("SET temp_directory = ?", [str(scratch)])
-    database.execute("SET preserve_insertion_order = false")
-    database.execute("SET threads = 2")  # a thread holds buffers of its own
+def _register(database: duckdb.DuckDBPyConnection, indices: Sequence[Path], splits: Sequence[str]) -> None:
     names = [str(path.resolve()) for path in indices]
     columns = {"name": names, "number": range(len(names)), "split": list(splits)}
     database.register("given", pa.table({name: pa.array(values) for name, values in columns.items()}))

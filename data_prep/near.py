@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import imagehash
 import numpy as np
 import pyarrow as pa
 from PIL import Image
@@ -20,7 +19,7 @@ from setclip.decode import DecodeError, decode_rgb
 from setclip.errors import InputError
 from setclip.log import progress, say
 from setclip.manifest import MANIFEST_NAME, Manifest, check_shards
-from setclip.shards import Shard, is_image_extension
+from setclip.shards import FEATURES_PREFIX, Shard, is_image_extension
 
 NEAR_DUPLICATE = "near duplicate (perceptual hash)"
 CONTAMINATED = "alike an evaluation image (perceptual hash)"
@@ -37,6 +36,8 @@ def perceptual_hash(image: bytes) -> int:
     The first of imagehash's 64 bits is left out: it says whether the mean is above the median frequency, which it
     nearly always is, and the rest fits a signed integer.
     """
+    import imagehash  # with scipy, which every command would wait for; few use it
+
     pixels = Image.fromarray(decode_rgb(image, min_size=_SIDE))
     bits = np.ravel(imagehash.phash(pixels).hash)[1:]
     return int(sum(1 << place for place, bit in enumerate(bits.tolist()) if bit))
@@ -139,7 +140,7 @@ def _images(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 _HASHES = f"""
 samples AS (
-    SELECT shards.number, file_row_number AS row, shards.split, "feature.{FEATURE}" AS hash
+    SELECT shards.number, file_row_number AS row, shards.split, "{FEATURES_PREFIX}{FEATURE}" AS hash
     FROM read_parquet($indices, filename = true, file_row_number = true, hive_partitioning = false) AS rows
     JOIN shards ON rows.filename = shards.name
 )

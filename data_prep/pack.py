@@ -169,7 +169,7 @@ class _Packer:
         with ExitStack() as open_shard:
             writer: ShardWriter | None = None
             while block := _next_block(samples):
-                for sample in block if parser is None else _with_objects(parser, block):
+                for sample in block if parser is None else with_objects(parser, block):
                     if writer is not None and self._is_full(writer, sample):
                         self._close(open_shard, writer)
                         writer = None
@@ -288,7 +288,8 @@ def _next_block(samples: Iterator[Sample]) -> list[Sample]:
     return block
 
 
-def _with_objects(parser: "PosParser", block: list[Sample]) -> Iterator[Sample]:
+def with_objects(parser: "PosParser", block: list[Sample]) -> Iterator[Sample]:
+    """Yields the samples with newly parsed objects beside those of other parsers."""
     parsed = iter(parser.parse([caption for sample in block for caption in sample.captions]))
     for sample in block:
         objects = {pos_config.NAME: list(itertools.islice(parsed, len(sample.captions)))}

@@ -20,7 +20,7 @@ from typing import Any
 import tyro
 
 from data_prep import pos_config, statistics
-from data_prep.pack import pos_parser
+from data_prep.pack import pos_parser, with_objects
 from data_prep.parallel import run_tasks
 from data_prep.pos_config import STOP_WORDS, PosConfig
 from setclip.config import command, parse
@@ -115,11 +115,8 @@ def _parsed(shard: Shard, pos: PosConfig) -> Iterator[tuple[int, dict[str, list[
     """Yields (row, objects of all parsers)."""
     rows = iter(range(len(shard)))
     while block := list(itertools.islice(rows, _SAMPLES_AT_ONCE)):
-        samples = [shard.read(row) for row in block]
-        parsed = iter(pos_parser(pos).parse([caption for sample in samples for caption in sample.captions]))
-        for row, sample in zip(block, samples, strict=True):
-            objects = {pos_config.NAME: list(itertools.islice(parsed, len(sample.captions)))}
-            yield row, {**sample.objects, **objects}
+        samples = with_objects(pos_parser(pos), [shard.read(row) for row in block])
+        yield from ((row, sample.objects) for row, sample in zip(block, samples, strict=True))
 
 
 def _begun(folder: Path, version: str) -> Manifest:

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 
 from data_prep import cards
 from data_prep.cards import Place
+from data_prep.output import REPORT_PAGE
 from setclip import plots, report
 from setclip.config import command, parse
 from setclip.log import say
 from setclip.manifest import Manifest, check_shards
 from setclip.objects import HEAD_SHARE, OBJECTS_NAME, ObjectTable, num_tail_objects
 from setclip.shards import ShardInfo
-
-REPORT_NAME = "report.html"
 
 MOST_SHARDS = 50  # looked into
 MOST_SAMPLES = 2_000  # measured
@@ -73,7 +72,7 @@ class Measured:
 
 def write_report(folder: Path, manifest: Manifest) -> None:
     """Writes `folder`/report.html. Shards and objects.parquet must be there; the manifest need not be saved yet."""
-    report.write_page(folder / REPORT_NAME, compose(folder, manifest))
+    report.write_page(folder / REPORT_PAGE, compose(folder, manifest))
 
 
 def compose(folder: Path, manifest: Manifest) -> report.Page:
@@ -491,7 +490,7 @@ def main() -> None:
     manifest = Manifest.load(config.folder)
     check_shards(config.folder, manifest.shards)
     write_report(config.folder, manifest)
-    say(f"report: {config.folder / REPORT_NAME}")
+    say(f"report: {config.folder / REPORT_PAGE}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from setclip.decode import IMAGE_EXTENSIONS, DecodeError, decode_rgb, image_size
 from setclip.errors import InputError
 from setclip.hashing import hash_text
 from setclip.manifest import Manifest
-from setclip.shards import Sample, Shard, ShardInfo, pair_hash, tar_header
+from setclip.shards import OBJECTS_PREFIX, Sample, Shard, ShardInfo, features_of, pair_hash, tar_header
 
 MOST_FAULTS = 1_000  # named of one shard; more are counted
 
@@ -33,7 +33,6 @@ _SCANNED_AT_ONCE = 1 << 20
 _MAGIC, _MAGIC_OFFSET = b"ustar", 257
 _PLACES = ("start", "end", "image_offset", "image_size", "json_offset", "json_size")
 _COLUMNS = {"key", "image_ext", "image_crc32", "pair_hash", *_PLACES}
-_OBJECTS, _FEATURES = "objects.", "feature."  # prefixes of the index's columns
 
 
 @dataclass(frozen=True)
@@ -194,9 +193,7 @@ class ShardCheck:
             self._file = file.fileno()
             for place in self.whole:
                 record = _record(self._read(place.record), place.key)
-                entry = self._rows.get(place.key, {})
-                features = {n.removeprefix(_FEATURES): v for n, v in entry.items() if n.startswith(_FEATURES)}
-                yield _sample(place, self._read(place.image), record), features
+                yield _sample(place, self._read(place.image), record), features_of(self._rows.get(place.key, {}))
 
     def _check(self, digest: str) -> None:
         info = self.info
@@ -499,11 +496,13 @@ def _differences(record: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]
     wrong = []
     if row["pair_hash"] != pair_hash(record["sha256"], record["captions"]):
         wrong.append("sha256 or captions")
-    parsers = {name.removeprefix(_OBJECTS) for name in row if name.startswith(_OBJECTS)} | record["objects"].keys()
+    parsers = {name.removeprefix(OBJECTS_PREFIX) for name in row if name.startswith(OBJECTS_PREFIX)} | record[
+        "objects"
+    ].keys()
     for parser in sorted(parsers):
         lists = record["objects"].get(parser)
         distinct = None if lists is None else [list(dict.fromkeys(names)) for names in lists]
-        if row.get(_OBJECTS + parser) != distinct:
+        if row.get(OBJECTS_PREFIX + parser) != distinct:
             wrong.append(f"objects of {parser}")
     return wrong
 

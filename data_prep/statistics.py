@@ -132,7 +132,7 @@ def main() -> None:
     for parser, total in write_statistics(config.folder, shards).items():
         say(describe(parser, total))
     report.write_report(config.folder, manifest)
-    say(f"written: {config.folder / OBJECTS_NAME} and {config.folder / 'report.html'}")
+    say(f"written: {config.folder / OBJECTS_NAME} and {config.folder / report.REPORT_PAGE}")
 
 
 if __name__ == "__main__":

@@ -19,14 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import duckdb
 import pyarrow as pa
 import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.duplicates import MEMORY_LIMIT, as_patterns
+from data_prep.duplicates import as_patterns, bounded_database
 from data_prep.output import REPORT_PAGE, WORK_NAME
 from data_prep.parallel import run_tasks
 from data_prep.repair import Repaired, repair
@@ -156,11 +155,7 @@ def _repeated(
     more = 0
     if not files:
         return {}, [], 0
-    with duckdb.connect() as database:
-        database.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
-        database.execute("SET temp_directory = ?", [str(scratch)])
-        database.execute("SET preserve_insertion_order = false")
-        database.execute("SET threads = 2")  # a thread holds buffers of its own
+    with bounded_database(scratch) as database:
         database.register(
             "shards", pa.table({"file": [str(path.resolve()) for path in files], "number": range(len(files))})
         )

@@ -41,12 +41,12 @@ _PLACES = pa.schema(
         ("pair_hash", pa.binary(16)),  # of image and captions: equal for exact duplicates
     ]
 )
-_OBJECTS = "objects."  # prefix of a parser's column
+OBJECTS_PREFIX = "objects."  # prefix of a parser's column
 _OBJECTS_TYPE = pa.list_(
     pa.field("element", pa.list_(pa.field("element", pa.string(), nullable=False)), nullable=False)
 )
 _LEAF = ".list.element.list.element"  # what Parquet appends to the name of such a column, where its values lie
-_FEATURES = "feature."  # prefix of a column of whole numbers that a preparation added, one a sample
+FEATURES_PREFIX = "feature."  # prefix of a column of whole numbers that a preparation added, one a sample
 _HEADER_END = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)  # of a regular file without owner
 _HEADER_END_SUM = sum(_HEADER_END)
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -177,14 +177,14 @@ class ShardWriter:
     def copy(self, shard: "Shard", row: int, **changes: Any) -> None:
         """Appends a sample of another shard: byte by byte, or with changes of its fields (`key="…"`)."""
         entry = shard.entry(row)
-        features = {name.removeprefix(_FEATURES): v for name, v in entry.items() if name.startswith(_FEATURES)}
+        features = features_of(entry)
         if changes:
             self.add(dataclasses.replace(shard.read(row), **changes), features)
             return
         shift = self.bytes - entry["start"]
         offsets = ("start", "end", "image_offset", "json_offset")
         place = tuple(entry[name] + shift if name in offsets else entry[name] for name in _PLACES.names)
-        objects = {name.removeprefix(_OBJECTS): v for name, v in entry.items() if name.startswith(_OBJECTS)}
+        objects = {name.removeprefix(OBJECTS_PREFIX): v for name, v in entry.items() if name.startswith(OBJECTS_PREFIX)}
         known = [lists for lists in objects.values() if lists is not None]
         captions = len(known[0]) if known else len(shard.read(row).captions)
         self._append(shard.read_bytes(entry["start"], entry["end"]), place, captions, objects, features)
@@ -196,14 +196,14 @@ class ShardWriter:
             columns = [pa.array([row[i] for row in self._places], field.type) for i, field in enumerate(_PLACES)]
             names = list(_PLACES.names)
             for parser in sorted(self._objects):
-                names.append(_OBJECTS + parser)
+                names.append(OBJECTS_PREFIX + parser)
                 columns.append(pa.array(self._objects[parser], _OBJECTS_TYPE))
             for feature in sorted(self._features):
-                names.append(_FEATURES + feature)
+                names.append(FEATURES_PREFIX + feature)
                 columns.append(pa.array(self._features[feature], pa.int64()))
             # Names of objects are dictionary-encoded; compressed as well, they would take twice the time to count.
             compression = {
-                name + _LEAF * name.startswith(_OBJECTS): "none" if name.startswith(_OBJECTS) else "snappy"
+                name + _LEAF * name.startswith(OBJECTS_PREFIX): "none" if name.startswith(OBJECTS_PREFIX) else "snappy"
                 for name in names
             }
             pq.write_table(pa.table(columns, names=names), self._index_path, compression=compression)
@@ -247,6 +247,11 @@ def tar_header(name: str, size: int) -> bytes:
     before = encoded.ljust(100, b"\0") + b"0000644\x000000000\x000000000\0" + number + b"00000000000\0"
     checksum = sum(before) + 8 * ord(" ") + _HEADER_END_SUM
     return before + b"%06o\0 " % checksum + _HEADER_END
+
+
+def features_of(entry: Mapping[str, Any]) -> dict[str, int | None]:
+    """Returns the numbers for the index alone that a row of an index (`Shard.entry`) holds."""
+    return {n.removeprefix(FEATURES_PREFIX): v for n, v in entry.items() if n.startswith(FEATURES_PREFIX)}
 
 
 def _append_row(columns: dict[str, list], row: Mapping[str, Any], rows_before: int) -> None:
@@ -325,13 +330,13 @@ class Shard:
         try:
             metadata = pq.read_metadata(self._index_path)
             columns = {metadata.schema.column(i).path.removesuffix(_LEAF) for i in range(metadata.num_columns)}
-            names = sorted(name for name in columns if name.startswith(_OBJECTS))
+            names = sorted(name for name in columns if name.startswith(OBJECTS_PREFIX))
             leaves = [name + _LEAF for name in names]
             with pq.ParquetFile(self._index_path, metadata=metadata, read_dictionary=leaves, pre_buffer=False) as file:
                 table = file.read(columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise self._bad_index(error) from error
-        return {name.removeprefix(_OBJECTS): table.column(name) for name in names}
+        return {name.removeprefix(OBJECTS_PREFIX): table.column(name) for name in names}
 
     @property
     def _index_path(self) -> Path:

@@ -5,6 +5,20 @@ import random
 
 import torch
 
+from pretrain.losses import LossConfig
+
+CONFIGS = [
+    LossConfig(name="hard"),
+    LossConfig(name="label_smoothing", smoothing=0.2),
+    LossConfig(name="label_smoothing", smoothing=0.3, smoothing_split="all"),
+    LossConfig(target="budget", beta=0.2),
+    LossConfig(target="budget", beta=0.5, no_overlap="uniform"),
+    LossConfig(target="mix", beta=0.3),
+    LossConfig(target="l1"),
+    LossConfig(target="softmax"),
+    LossConfig(name="multi_positive"),
+]
+
 # Empty sets, equal sets, disjoint ones, a large one, and text sides that differ from the image sides.
 IMAGE_SETS = [{1, 2}, {2}, set(), {1, 2}, {3, 4, 5}, set(), {9}, {2, 3}, set(range(20)), {7}, {1}, {5, 6}]
 TEXT_SETS = [{1}, {2}, {8}, {1, 2}, {4}, set(), {9}, {3}, set(range(0, 20, 2)), set(), {1}, {6, 7, 8}]

@@ -7,7 +7,7 @@ from fractions import Fraction
 import loss_reference as reference
 import pytest
 import torch
-from loss_reference import BATCHES, ids
+from loss_reference import BATCHES, CONFIGS, ids
 
 from pretrain.losses import LossConfig, sets, subsets
 from pretrain.losses.counts import count_others
@@ -18,17 +18,9 @@ from pretrain.losses.similarity import AtLeast, ExpIou, Iou, coefficient, remain
 from pretrain.losses.subsets import find_overlaps
 
 SIMILARITIES = [Iou(), ExpIou(0.05), ExpIou(0.3), AtLeast(0.5), AtLeast(1.0), AtLeast(1e-9)]
-CONFIGS = [
-    LossConfig(name="hard"),
-    LossConfig(name="label_smoothing", smoothing=0.2),
-    LossConfig(name="label_smoothing", smoothing=0.3, smoothing_split="all"),
-    LossConfig(target="budget", beta=0.2),
-    LossConfig(target="budget", beta=0.5, no_overlap="uniform"),
-    LossConfig(target="mix", beta=0.3),
-    LossConfig(target="l1"),
-    LossConfig(target="softmax"),
+ALL_CONFIGS = [
+    *CONFIGS,
     LossConfig(target="softmax", temperature=0.3),
-    LossConfig(name="multi_positive"),
     LossConfig(name="multi_positive", threshold=1.0),
     LossConfig(name="multi_positive", threshold=1e-9),
 ]
@@ -83,7 +75,7 @@ def test_the_counts_are_those_of_a_loop(name):
 def test_the_operator_is_the_mean_of_both_directions_targets(name):
     image_sets, text_sets = BATCHES[name]
     unit = torch.eye(len(image_sets), dtype=torch.float64)
-    for config in CONFIGS:
+    for config in ALL_CONFIGS:
         made = make_targets(ids(image_sets), ids(text_sets), config)
         of_images = reference.targets(image_sets, text_sets, config)
         of_texts = reference.targets(text_sets, image_sets, config)

@@ -7,7 +7,7 @@ import loss_reference as reference
 import open_clip
 import pytest
 import torch
-from loss_reference import BATCHES, IMAGE_SETS, TEXT_SETS, features, ids, with_gradients
+from loss_reference import BATCHES, CONFIGS, IMAGE_SETS, TEXT_SETS, features, ids, with_gradients
 from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,17 +15,6 @@ from pretrain.losses import LOSSES, LossConfig, blockwise, contrastive_loss, pre
 from setclip import distributed
 from setclip.errors import InputError
 
-CONFIGS = [
-    LossConfig(name="hard"),
-    LossConfig(name="label_smoothing", smoothing=0.2),
-    LossConfig(name="label_smoothing", smoothing=0.3, smoothing_split="all"),
-    LossConfig(target="budget", beta=0.2),
-    LossConfig(target="budget", beta=0.5, no_overlap="uniform"),
-    LossConfig(target="mix", beta=0.3),
-    LossConfig(target="l1"),
-    LossConfig(target="softmax"),
-    LossConfig(name="multi_positive"),
-]
 SCALES = [1.0, 1 / 0.07, 100.0]
 
 

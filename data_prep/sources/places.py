@@ -156,10 +156,9 @@ def _expand(text: str, suffix: str, flag: str) -> list[Path]:
         return [path for name in names for path in _glob(name, flag)]
     missing = [name for name in names if not os.path.isfile(name)]
     if missing:
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise InputError(
-            f"expected {len(names):,} files of {text}, found {len(names) - len(missing):,}; missing: "
-            f"{', '.join(missing[:_NAMED])}{more}; fetch them, or give the folder to take what is there"
+            f"expected {len(names):,} files of {text}, found {len(names) - len(missing):,}; missing: {some(missing)}; "
+            "fetch them, or give the folder to take what is there"
         )
     return [Path(name) for name in names]
 
