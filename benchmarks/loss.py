@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.parsing import corpus
 from data_prep.parse_pos import PosParser
 from pretrain.loader import pad_objects
-from pretrain.losses import LossConfig, contrastive_loss, prepare_targets
+from pretrain.losses import BatchSets, LossConfig, contrastive_loss, prepare_targets
 from setclip.config import command, parse
 from setclip.files import write_json
 from setclip.log import say
@@ -101,17 +101,18 @@ def ways(objects: Tensor) -> dict[str, Callable[[], Any]]:
     """Returns name to one forward and backward pass. "ready" has its targets made beforehand."""
     images, texts, scale = features(len(objects))
     reference = ClipLoss()
-    ready = {name: prepare_targets(objects, objects, config) for name, config in LOSSES.items()}
+    sets = BatchSets(objects, objects)
+    ready = {name: prepare_targets(sets, config) for name, config in LOSSES.items()}
 
     def ours(name: str, prepared: Any) -> Callable[[], Any]:
         def run() -> None:
-            output = contrastive_loss(images, texts, scale, objects, objects, LOSSES[name], prepared)
+            output = contrastive_loss(images, texts, scale, sets, LOSSES[name], prepared=prepared)
             torch.autograd.grad(output.loss, (images, texts, scale))
 
         return run
 
     def soft_part() -> None:
-        targets = prepare_targets(objects, objects, LOSSES["soft"])[0].to(torch.float32)
+        targets = prepare_targets(sets, LOSSES["soft"]).targets.to(torch.float32)
         targets.times_texts(texts.detach())
         targets.times_images(images.detach())
 
@@ -144,7 +145,7 @@ def print_peak_memory(name: str, objects: Tensor) -> None:
     if name == "open_clip":
         loss = ClipLoss()(images, texts, scale)
     else:
-        loss = contrastive_loss(images, texts, scale, objects, objects, LOSSES[name]).loss
+        loss = contrastive_loss(images, texts, scale, BatchSets(objects, objects), LOSSES[name]).loss
     torch.autograd.grad(loss, (images, texts, scale))
     say(str(_status("VmHWM") - before))
 

@@ -7,11 +7,13 @@ from fractions import Fraction
 import loss_reference as reference
 import pytest
 import torch
-from loss_reference import BATCHES, CONFIGS, ids
+from loss_reference import BATCHES, CONFIGS, batch_sets, ids, weights
 
 from pretrain.losses import LossConfig, sets, subsets
 from pretrain.losses.counts import count_others
+from pretrain.losses.exchange import Layout
 from pretrain.losses.expansion import expand
+from pretrain.losses.mates import find_mates
 from pretrain.losses.operators import make_targets
 from pretrain.losses.sets import collapse
 from pretrain.losses.similarity import AtLeast, ExpIou, Iou, coefficient, remainder
@@ -36,8 +38,8 @@ def few(request, monkeypatch):
 @batches
 @pytest.mark.usefixtures("few")
 def test_the_expansion_is_the_similarity_of_every_pair(name):
-    overlaps = find_overlaps(collapse(*map(ids, BATCHES[name])))
-    image_sets, text_sets = BATCHES[name]
+    image_sets, text_sets, _ = BATCHES[name]
+    overlaps = find_overlaps(collapse(ids(image_sets), ids(text_sets)))
     of_images, of_texts = overlaps.classes.of_images, overlaps.classes.of_texts
     for similarity in SIMILARITIES:
         dense = expand(overlaps, similarity).times(torch.eye(len(overlaps.classes), dtype=torch.float64))
@@ -51,11 +53,13 @@ def test_the_expansion_is_the_similarity_of_every_pair(name):
 @batches
 @pytest.mark.usefixtures("few")
 def test_the_counts_are_those_of_a_loop(name):
-    for others, (rows, columns) in zip(
-        count_others(find_overlaps(collapse(*map(ids, BATCHES[name])))),
-        (BATCHES[name], BATCHES[name][::-1]),
-        strict=True,
-    ):
+    image_sets, text_sets, text_ids = BATCHES[name]
+    size = len(image_sets)
+    text_ids = text_ids or range(size)
+    mates = find_mates(torch.tensor(list(text_ids)), size, torch.device("cpu"))
+    directions = (image_sets, text_sets), (text_sets, image_sets)
+    overlaps = find_overlaps(collapse(ids(image_sets), ids(text_sets)))
+    for others, (rows, columns) in zip(count_others(overlaps, mates), directions, strict=True):
         found = {}
         entries = [part.tolist() for part in (others.kinds, others.shared, others.sizes, others.counts)]
         for kind, shared, size, count in zip(*entries, strict=True):
@@ -64,45 +68,57 @@ def test_the_counts_are_those_of_a_loop(name):
         for i, kind in enumerate(others.of_rows.tolist()):
             wanted = {}
             for j, b in enumerate(columns):
-                if i != j and rows[i] & b:
+                if i != j and text_ids[i] != text_ids[j] and rows[i] & b:
                     key = (kind, len(rows[i] & b), len(rows[i]) + len(b))
                     wanted[key] = wanted.get(key, 0) + 1
             assert {key: n for key, n in found.items() if key[0] == kind} == wanted
             assert int(others.overlapping[kind]) == sum(wanted.values())
+            assert int(others.numbers[kind]) == list(text_ids).count(text_ids[i])
 
 
 @batches
 def test_the_operator_is_the_mean_of_both_directions_targets(name):
-    image_sets, text_sets = BATCHES[name]
-    unit = torch.eye(len(image_sets), dtype=torch.float64)
+    image_sets, text_sets, text_ids = BATCHES[name]
+    size = len(image_sets)
+    unit = torch.eye(size, dtype=torch.float64)
+    everything = slice(0, size)
     for config in ALL_CONFIGS:
-        made = make_targets(ids(image_sets), ids(text_sets), config)
-        of_images = reference.targets(image_sets, text_sets, config)
-        of_texts = reference.targets(text_sets, image_sets, config)
+        made = make_targets(batch_sets(*BATCHES[name]), config, Layout(0, (size,)), weights(config), torch.float64)
+        in_tiles = made.tiles.block(everything, everything) if made.tiles else 0 * unit
+        assert bool(made.tiles) == (config.weights == "frequency")
+        of_images = reference.targets(image_sets, text_sets, config, text_ids)
+        of_texts = reference.targets(text_sets, image_sets, config, text_ids)
         wanted = (of_images + of_texts.T) / 2
         context = f"{name}, {config}"
         off_diagonal = wanted - wanted.diag().diag()
         for found, dense in (
             (made.diagonal, wanted.diag()),
-            (made.times_texts(unit), off_diagonal),
-            (made.times_images(unit), off_diagonal.T),
+            (made.times_texts(unit) + in_tiles, off_diagonal),
+            (made.times_images(unit) + in_tiles.T, off_diagonal.T),
+            (made.label_sums, of_images.sum(1)),
         ):
             torch.testing.assert_close(found, dense, rtol=1e-13, atol=1e-14, msg=lambda m, c=context: f"{c}: {m}")
-        assert made.entropy == pytest.approx(float(reference.entropy(image_sets, text_sets, config)), abs=1e-13), (
-            context
-        )
-        mass = float(of_images.diag().mean() + of_texts.diag().mean()) / 2
+        assert made.entropy == pytest.approx(float(reference.entropy(*BATCHES[name], config)), abs=1e-13), context
+        is_true = torch.tensor([[i == j for j in text_ids or range(size)] for i in text_ids or range(size)])
+        mass = float((of_images * is_true).sum() + (of_texts * is_true).sum()) / 2 / size
         assert made.true_pair_mass == pytest.approx(mass, abs=1e-14), context
 
 
 @batches
-def test_the_meter_counts_the_pairs_that_a_hard_loss_takes_for_negatives(name):
-    image_sets, text_sets = BATCHES[name]
+@pytest.mark.parametrize("loss", ["hard", "object_iou"])
+def test_the_meter_counts_the_pairs_that_a_hard_loss_takes_for_negatives(name, loss):
+    image_sets, text_sets, text_ids = BATCHES[name]
     size = len(image_sets)
-    made = make_targets(ids(image_sets), ids(text_sets), LossConfig(name="hard"))
-    ious = [reference.iou(image_sets[i], text_sets[j]) for i in range(size) for j in range(size) if i != j]
-    assert made.similar_pairs == pytest.approx(sum(v >= 0.5 for v in ious) / max(1, len(ious)))
-    assert made.equal_pairs == pytest.approx(sum(v == 1 for v in ious) / max(1, len(ious)))
+    text_ids = text_ids or range(size)
+    pairs = [(i, j) for i in range(size) for j in range(size) if text_ids[i] != text_ids[j]]
+    config = LossConfig(name=loss, weights="frequency")
+    made = make_targets(batch_sets(*BATCHES[name]), config, Layout(0, (size,)), weights(config), torch.float64)
+    if loss == "hard":  # whose meter counts objects alike
+        config = LossConfig(name=loss)
+    ious = [reference.iou(image_sets[i], text_sets[j], config) for i, j in pairs]
+    alike = [bool(image_sets[i]) and image_sets[i] == text_sets[j] for i, j in pairs]
+    assert made.similar_pairs == pytest.approx(sum(v >= 0.5 * (1 - 1e-5) for v in ious) / max(1, len(ious)))
+    assert made.equal_pairs == pytest.approx(sum(alike) / max(1, len(ious)))
 
 
 def test_coefficients_of_iou_have_the_closed_form():
@@ -135,7 +151,7 @@ def test_ids_that_repeat_in_a_row_count_once():
 
 @pytest.mark.parametrize("name", ["small sets on both sides", "equal sides", "0 to 64 objects"])
 def test_equal_hashes_do_not_make_equal_sets(name, monkeypatch):
-    image_sets, text_sets = BATCHES[name]
+    image_sets, text_sets, _ = BATCHES[name]
     monkeypatch.setattr(sets, "_hash", lambda rows: (rows >= 0).sum(1) % 2)
     classes = collapse(ids(image_sets), ids(text_sets))
     everything = image_sets + text_sets

@@ -7,35 +7,49 @@ import loss_reference as reference
 import open_clip
 import pytest
 import torch
-from loss_reference import BATCHES, CONFIGS, IMAGE_SETS, TEXT_SETS, features, ids, with_gradients
+from loss_reference import BATCHES, CONFIGS, IMAGE_SETS, TEXT_SETS, batch_sets, features, weights, with_gradients
 from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.losses import LOSSES, LossConfig, blockwise, contrastive_loss, prepare_targets
+from pretrain.losses import LOSSES, LossConfig, blocks, blockwise, contrastive_loss, prepare_targets
 from setclip import distributed
 from setclip.errors import InputError
 
 SCALES = [1.0, 1 / 0.07, 100.0]
 
 
-def wanted(config, scale, batch=(IMAGE_SETS, TEXT_SETS), pair=None):
-    """The reference's loss and gradients by image, text and logit scale."""
+SMALL = BATCHES["small sets on both sides"]
+
+
+def wanted(config, scale, batch=SMALL, pair=None):
+    """The reference's loss and gradients by image, text, logit scale and, where there is one, bias."""
     images, texts = pair or features(size=len(batch[0]))
-    theta = torch.tensor([math.log(scale)], dtype=torch.float64, requires_grad=True)
-    return with_gradients(reference.loss(images, texts, theta, *batch, config), images, texts, theta)
+    leaves = [images, texts, *scalars(config, scale, torch.float64)]
+    return with_gradients(reference.loss(*leaves[:3], *batch, config, *leaves[3:]), *leaves)
 
 
-def found(config, scale, batch=(IMAGE_SETS, TEXT_SETS), pair=None, dtype=torch.float64):
+def found(config, scale, batch=SMALL, pair=None, dtype=torch.float64):
     """Ours."""
     images, texts = pair or features(dtype, size=len(batch[0]))
-    theta = torch.tensor([math.log(scale)], dtype=dtype, requires_grad=True)
-    output = contrastive_loss(images, texts, theta.exp(), ids(batch[0]), ids(batch[1]), config)
-    return with_gradients(output.loss, images, texts, theta)
+    leaves = [images, texts, *scalars(config, scale, dtype)]
+    return with_gradients(ours(*leaves[:3], batch_sets(*batch), config, *leaves[3:]).loss, *leaves)
+
+
+def ours(images, texts, theta, sets, config, bias=None, **more):
+    """The output of the loss."""
+    return contrastive_loss(images, texts, theta.exp(), sets, config, logit_bias=bias, weights=weights(config), **more)
+
+
+def scalars(config, scale, dtype):
+    """The logarithm of the scale, and the bias where the loss has one."""
+    values = [math.log(scale), -0.3 * scale] if config.name == "siglip" else [math.log(scale)]
+    return [torch.tensor([value], dtype=dtype, requires_grad=True) for value in values]
 
 
 def check(results, references, tolerance, context):
     """Each within `tolerance` of the reference's largest entry."""
-    for name, value, truth in zip(("loss", "images", "texts", "scale"), results, references, strict=True):
+    assert len(results) == len(references) >= 4
+    for name, value, truth in zip(("loss", "images", "texts", "scale", "bias"), results, references, strict=False):
         error = float((value.double() - truth.double()).abs().max())
         assert error <= tolerance * float(truth.abs().max()) + tolerance, f"{name} off by {error}: {context}"
 
@@ -43,12 +57,13 @@ def check(results, references, tolerance, context):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks that divide no batch."""
-    monkeypatch.setattr(blockwise, "ROWS", 5)
-    monkeypatch.setattr(blockwise, "COLUMNS", 7)
+    monkeypatch.setitem(blocks.SHAPES, "cpu", (5, 7))
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [*((name, 100.0) for name in BATCHES), *itertools.product(("equal texts", "independent sides"), SCALES[:2])],
+)
 @pytest.mark.usefixtures("small_blocks")
 def test_values_and_gradients_equal_the_reference(name, scale):
     for config in CONFIGS:
@@ -65,7 +80,7 @@ def test_fp32_stays_near_the_reference(scale):
 def test_the_running_maximum_gives_the_same(monkeypatch):
     """What is used where the shift would lose a row."""
     monkeypatch.setattr(blockwise, "_ABOVE_UNDERFLOW", {torch.float64: 700.0})
-    monkeypatch.setattr(blockwise, "ROWS", 5)
+    monkeypatch.setitem(blocks.SHAPES, "cpu", (5, 1024))
     for config in CONFIGS:
         check(found(config, 30.0), wanted(config, 30.0), 1e-12, config)
 
@@ -91,8 +106,8 @@ def test_features_that_are_all_alike_keep_their_gradients_at_scale_100():
     ones = torch.ones(size, 4) / 2
     images, texts = ones.clone().requires_grad_(), ones.clone().requires_grad_()
     scale = torch.tensor(100.0, requires_grad=True)
-    sets = ids([{1}] * size)
-    loss = contrastive_loss(images, texts, scale, sets, sets, LossConfig(name="hard")).loss
+    sets = batch_sets([{1}] * size, [{1}] * size)
+    loss = contrastive_loss(images, texts, scale, sets, LossConfig(name="hard")).loss
     d_images, d_texts, d_scale = torch.autograd.grad(loss, (images, texts, scale))
     assert float(loss.detach()) == pytest.approx(math.log(size), rel=1e-6)
     assert max(float(d.abs().max()) for d in (d_images, d_texts, d_scale)) < 1e-4
@@ -110,15 +125,15 @@ def bf16_errors(config, sets, texts, noise, scale):
     images = texts + noise * torch.randn(texts.shape, generator=generator, dtype=torch.float64)
     pair = [torch.nn.functional.normalize(x, dim=1).bfloat16() for x in (images, texts)]
     exact = [x.double().requires_grad_() for x in pair]
-    truth = wanted(config, scale, (sets, sets), exact)
-    ours = found(config, scale, (sets, sets), [x.requires_grad_() for x in pair], torch.float32)
+    truth = wanted(config, scale, (sets, sets, None), exact)
+    mine = found(config, scale, (sets, sets, None), [x.requires_grad_() for x in pair], torch.float32)
     with torch.no_grad():
         logits = scale * exact[0] @ exact[1].T
         p = (logits.softmax(1) + logits.softmax(0)) / 2
         w = sum(q for q in (reference.targets(sets, sets, config), reference.targets(sets, sets, config).T)) / 2
         naive = scale / len(sets) * (p.bfloat16().double() @ exact[1] - w @ exact[1])
-        errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours[1:], truth[1:], strict=True)]
-        kl = float(truth[0] - reference.entropy(sets, sets, config))
+        errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(mine[1:], truth[1:], strict=True)]
+        kl = float(truth[0] - reference.entropy(sets, sets, None, config))
         return errors, float((naive - truth[1]).norm() / truth[1].norm()), kl, float(logits.softmax(1).diag().mean())
 
 
@@ -158,25 +173,24 @@ def parts_of(size, world_size, uneven):
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
-RANK_BATCHES = ["small sets on both sides", "0 to 64 objects", "all identical", "all empty"]
+RANK_BATCHES = ["small sets on both sides", "equal texts", "0 to 64 objects", "all identical", "all empty"]
 
 
 def losses_of_rank(names):
     """Runs on each rank: the loss of its part, and gradients averaged over ranks as an engine does."""
     world = distributed.start("cpu")
-    blockwise.ROWS, blockwise.COLUMNS = 3, 5
+    blocks.SHAPES["cpu"] = 3, 5
     results = []
     for name, uneven, config in rank_cases(names):
-        image_sets, text_sets = BATCHES[name]
-        mine = parts_of(len(image_sets), world.size, uneven)[world.rank]
-        images, texts = features(size=len(image_sets))
-        theta = torch.tensor([math.log(30.0)], dtype=torch.float64, requires_grad=True)
+        batch = BATCHES[name]
+        mine = parts_of(len(batch[0]), world.size, uneven)[world.rank]
+        images, texts = features(size=len(batch[0]))
+        leaves = scalars(config, 30.0, torch.float64)
         blockwise._ABOVE_UNDERFLOW[torch.float64] = 700.0 if uneven else -640.0  # every other with a running maximum
         # The sets of a rank are padded to its own widest, as a loader does.
-        output = contrastive_loss(
-            images[mine], texts[mine], theta.exp(), ids(image_sets[mine]), ids(text_sets[mine]), config
-        )
-        values = with_gradients(output.loss, images, texts, theta)
+        sets = batch_sets(*(part and part[mine] for part in batch))
+        output = ours(images[mine], texts[mine], leaves[0], sets, config, *leaves[1:])
+        values = with_gradients(output.loss, images, texts, *leaves)
         numbers = (output.kl, output.true_pair_mass, output.similar_pairs, output.equal_pairs)
         results.append([distributed.mean_over_ranks(value) for value in (*values, *numbers)])
     return results
@@ -186,12 +200,19 @@ def rank_cases(names):
     return list(itertools.product(names, (False, True), CONFIGS))
 
 
-@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))])
+@pytest.mark.parametrize("world_size", [pytest.param(size, marks=pytest.mark.slow) for size in (2, 4, 8)])
 def test_ranks_together_equal_the_reference(world_size):
-    names = ["small sets on both sides", "0 to 64 objects", "all identical", "all empty"]
+    check_ranks(world_size, RANK_BATCHES)
+
+
+def test_two_ranks_equal_the_reference_on_one_batch():
+    check_ranks(2, ["equal texts"])
+
+
+def check_ranks(world_size, names):
     truths = {}
     for name, _, config in rank_cases(names):
-        alone = prepare_targets(*map(ids, BATCHES[name]), config)[0]
+        alone = prepare_targets(batch_sets(*BATCHES[name]), config, weights(config), torch.float64).targets
         truths[name, config] = wanted(config, 30.0, BATCHES[name]), alone
     for results in on_ranks(world_size, losses_of_rank, names):
         for (name, uneven, config), (*values, kl, mass, similar, equal) in zip(rank_cases(names), results, strict=True):
@@ -210,7 +231,7 @@ def bf16_of_rank():
     theta = torch.tensor([3.0], requires_grad=True)
     mine = parts_of(12, world, False)[torch.distributed.get_rank()]
     loss = contrastive_loss(
-        images[mine], texts[mine], theta.exp(), ids(IMAGE_SETS[mine]), ids(TEXT_SETS[mine]), LossConfig()
+        images[mine], texts[mine], theta.exp(), batch_sets(IMAGE_SETS[mine], TEXT_SETS[mine]), LossConfig()
     ).loss
     return [distributed.mean_over_ranks(value.float()) for value in with_gradients(loss, images, texts, theta)]
 
@@ -229,7 +250,7 @@ def test_ranks_in_bf16_equal_one_rank_but_for_rounding():
 def test_hard_equals_open_clips_loss():
     images, texts = features(torch.float32)
     theta = torch.tensor(3.0, requires_grad=True)
-    mine = contrastive_loss(images, texts, theta.exp(), ids(IMAGE_SETS), ids(TEXT_SETS), LossConfig(name="hard")).loss
+    mine = contrastive_loss(images, texts, theta.exp(), batch_sets(IMAGE_SETS, TEXT_SETS), LossConfig(name="hard")).loss
     theirs = open_clip.loss.ClipLoss()(images, texts, theta.exp())
     for a, b in zip(
         with_gradients(mine, images, texts, theta), with_gradients(theirs, images, texts, theta), strict=True
@@ -239,19 +260,19 @@ def test_hard_equals_open_clips_loss():
 
 def test_targets_that_were_prepared_before_give_the_same_loss():
     images, texts = features()
-    sets = ids(IMAGE_SETS), ids(TEXT_SETS)
+    sets = batch_sets(IMAGE_SETS, TEXT_SETS)
     scale = torch.tensor(20.0, dtype=torch.float64)
-    prepared = prepare_targets(*sets, LossConfig())
-    ahead = contrastive_loss(images, texts, scale, *sets, LossConfig(), prepared).loss
-    assert torch.equal(ahead, contrastive_loss(images, texts, scale, *sets, LossConfig()).loss)
+    prepared = prepare_targets(sets, LossConfig())
+    ahead = contrastive_loss(images, texts, scale, sets, LossConfig(), prepared=prepared).loss
+    assert torch.equal(ahead, contrastive_loss(images, texts, scale, sets, LossConfig()).loss)
 
 
 def test_nothing_of_the_size_of_all_pairs_is_ever_made(monkeypatch):
     """Every tensor that torch makes is looked at, forward and backward."""
-    monkeypatch.setattr(blockwise, "ROWS", 64)
-    monkeypatch.setattr(blockwise, "COLUMNS", 64)
+    monkeypatch.setitem(blocks.SHAPES, "cpu", (64, 64))
     size = 2048
-    sets = ids(reference.zipf_sets(size, 5, 20_000, 7))
+    drawn = reference.zipf_sets(size, 5, 20_000, 7)
+    sets = batch_sets(drawn, drawn)
     images, texts = features(torch.float32, size, 8)
     largest = [0]
 
@@ -264,14 +285,16 @@ def test_nothing_of_the_size_of_all_pairs_is_ever_made(monkeypatch):
             return made
 
     with Largest():
-        contrastive_loss(images, texts, torch.tensor(20.0), sets, sets, LossConfig()).loss.backward()
+        contrastive_loss(images, texts, torch.tensor(20.0), sets, LossConfig()).loss.backward()
     assert 0 < largest[0] < size * size / 16
 
 
 def test_loss_at_equal_logits_is_the_logarithm_of_the_batch():
     ones = torch.full((12, 4), 0.5)
     for config in CONFIGS:
-        loss = contrastive_loss(ones, ones, torch.tensor(50.0), ids(IMAGE_SETS), ids(TEXT_SETS), config).loss
+        if config.name == "siglip":
+            continue  # no softmax
+        loss = ours(ones, ones, torch.tensor(50.0).log(), batch_sets(*SMALL), config).loss
         assert float(loss) == pytest.approx(math.log(12), abs=1e-5)
 
 
@@ -279,7 +302,7 @@ def test_budget_equals_label_smoothing_where_all_overlaps_are_equal():
     sets = [{0, 10 + i} for i in range(12)]
     images, texts = features()
     pair = [
-        contrastive_loss(images, texts, torch.tensor(20.0, dtype=torch.float64), ids(sets), ids(sets), config).loss
+        contrastive_loss(images, texts, torch.tensor(20.0, dtype=torch.float64), batch_sets(sets, sets), config).loss
         for config in (LossConfig(beta=0.2), LossConfig(name="label_smoothing", smoothing=0.2))
     ]
     torch.testing.assert_close(pair[0], pair[1], rtol=1e-13, atol=0)
@@ -289,7 +312,7 @@ def test_budget_equals_hard_where_nothing_overlaps():
     sets = [{i} for i in range(12)]
     images, texts = features()
     pair = [
-        contrastive_loss(images, texts, torch.tensor(20.0, dtype=torch.float64), ids(sets), ids(sets), config).loss
+        contrastive_loss(images, texts, torch.tensor(20.0, dtype=torch.float64), batch_sets(sets, sets), config).loss
         for config in (LossConfig(beta=0.2), LossConfig(name="hard"))
     ]
     torch.testing.assert_close(pair[0], pair[1], rtol=1e-13, atol=0)
@@ -300,8 +323,8 @@ def test_permuting_the_pairs_leaves_the_loss():
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     sets = [IMAGE_SETS[i] for i in order], [TEXT_SETS[i] for i in order]
     scale = torch.tensor(30.0, dtype=torch.float64)
-    straight = contrastive_loss(images, texts, scale, ids(IMAGE_SETS), ids(TEXT_SETS), LossConfig()).loss
-    permuted = contrastive_loss(images[order], texts[order], scale, ids(sets[0]), ids(sets[1]), LossConfig()).loss
+    straight = contrastive_loss(images, texts, scale, batch_sets(IMAGE_SETS, TEXT_SETS), LossConfig()).loss
+    permuted = contrastive_loss(images[order], texts[order], scale, batch_sets(*sets), LossConfig()).loss
     torch.testing.assert_close(straight, permuted, rtol=1e-13, atol=0)
 
 
@@ -310,7 +333,7 @@ def test_the_kl_is_zero_where_the_model_predicts_the_targets():
     config = LossConfig(beta=0.2)
     images = torch.eye(2, dtype=torch.float64)
     scale = torch.tensor(math.log(4.0), dtype=torch.float64)
-    output = contrastive_loss(images, images, scale, ids([{1}, {1}]), ids([{1}, {1}]), config)
+    output = contrastive_loss(images, images, scale, batch_sets([{1}, {1}], [{1}, {1}]), config)
     assert float(output.kl) == pytest.approx(0, abs=1e-12)
     assert float(output.true_pair_mass) == pytest.approx(0.8)
 
@@ -318,11 +341,11 @@ def test_the_kl_is_zero_where_the_model_predicts_the_targets():
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(
         InputError,
-        match=r"unknown loss 'object_uoi', perhaps 'object_iou'; known: hard, label_smoothing, multi_positive",
+        match=r"unknown loss 'object_uoi', perhaps 'object_iou'; known: hard, label_smoothing, multi_positive, ",
     ):
         LossConfig(name="object_uoi")
     with pytest.raises(InputError, match="unknown target of object_iou 'bugdet', perhaps 'budget'"):
         LossConfig(target="bugdet")
     with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\), found 1.5"):
         LossConfig(beta=1.5)
-    assert set(LOSSES) == {"hard", "label_smoothing", "object_iou", "multi_positive"}
+    assert set(LOSSES) == {"hard", "label_smoothing", "object_iou", "multi_positive", "softclip", "psd", "siglip"}

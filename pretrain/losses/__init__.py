@@ -6,7 +6,8 @@ Q^{I→T} is made from each image's object set and all texts' sets, Q^{T→I} fr
 have rows that sum to 1; Q^{T→I} is not the transpose of Q^{I→T}. Neither is ever made: docs/losses.md explains how.
 
 Read `targets` for the family, `similarity`, `subsets` and `expansion` for the soft part, `operators` for both together,
-`blockwise` for the rest. Scope: each rank computes its share, such that the mean of the ranks' losses is the loss over
+`blockwise` for the rest; `tiles` for the second design, `sigmoid`, `softclip` and `self_distillation` for the losses that
+are no such cross-entropies. Scope: each rank computes its share, such that the mean of the ranks' losses is the loss over
 all pairs, and so are the gradients once the engine averages them. Letters: B pairs on this rank, N over all ranks, D
 width, M objects.
 """
@@ -19,9 +20,22 @@ from torch import Tensor
 from pretrain.losses.blockwise import blockwise_loss
 from pretrain.losses.exchange import Layout, agree
 from pretrain.losses.operators import Targets, make_targets
+from pretrain.losses.sets import BatchSets
+from pretrain.losses.sigmoid import sigmoid_loss
 from pretrain.losses.targets import LOSSES, LossConfig
+from pretrain.losses.weights import ObjectWeights
 
-__all__ = ["LOSSES", "LossConfig", "LossOutput", "contrastive_loss", "prepare_targets"]
+__all__ = [
+    "LOSSES",
+    "BatchSets",
+    "LossConfig",
+    "LossOutput",
+    "Moment",
+    "ObjectWeights",
+    "Prepared",
+    "contrastive_loss",
+    "prepare_targets",
+]
 
 
 @dataclass(frozen=True)
@@ -30,40 +44,75 @@ class LossOutput:
 
     loss: Tensor
     kl: Tensor
-    """The loss less its floor, the targets' entropy, which depends on the batch."""
+    """The loss less its floor, which depends on the batch: of cross-entropies the targets' entropy."""
     true_pair_mass: Tensor
-    """Mean target on the true pair."""
+    """Mean target on true pairs."""
     similar_pairs: Tensor
-    """Share of pairs, true ones apart, with IoU ≥ 1/2: what a hard loss takes for negatives."""
+    """Share of other pairs with IoU ≥ 1/2: what a hard loss takes for negatives."""
     equal_pairs: Tensor
-    """Share of pairs, true ones apart, with the same objects."""
+    """Share of other pairs with the same objects, one at least."""
 
 
-def prepare_targets(image_objects: Tensor, text_objects: Tensor, config: LossConfig) -> tuple[Targets, Layout]:
-    """Returns the targets over all ranks, which need no features: they can be made while the towers encode.
+@dataclass(frozen=True)
+class Moment:
+    """When in a run a batch comes: what psd's targets depend on."""
 
-    `image_objects`, `text_objects`: (B, M) int64 ids padded with −1. Collective.
+    progress: float = 0.0
+    """Share of the run that is over, 0 to 1"""
+    seed: int = 0
+    """Of what is drawn in this step; the same on all ranks"""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The targets of a batch over all ranks."""
+
+    targets: Targets
+    layout: Layout
+
+
+def prepare_targets(
+    sets: BatchSets,
+    config: LossConfig,
+    weights: ObjectWeights | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Prepared:
+    """Returns the targets over all ranks, which need no features: they can be made while the towers encode. Collective.
+
+    `sets`: this rank's. `weights`: needed where config.weights is "frequency", on the sets' device. `dtype`: that of the
+    logits, the features' promoted to float32.
     """
-    layout, all_image_objects, all_text_objects = agree(image_objects, text_objects)
-    return make_targets(all_image_objects, all_text_objects, config), layout
+    layout, gathered = agree(sets)
+    return Prepared(make_targets(gathered, config, layout, weights, dtype), layout)
 
 
 def contrastive_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor,
-    image_objects: Tensor,
-    text_objects: Tensor,
+    sets: BatchSets,
     config: LossConfig,
-    prepared: tuple[Targets, Layout] | None = None,
+    *,
+    logit_bias: Tensor | None = None,
+    weights: ObjectWeights | None = None,
+    moment: Moment | None = None,
+    prepared: Prepared | None = None,
 ) -> LossOutput:
     """Returns this rank's share of the loss over all ranks' pairs.
 
     `image_features`, `text_features`: (B, D) float, unit norm; ranks may differ in B. `logit_scale`: exp(θ), one
-    number. `image_objects`, `text_objects`: (B, M) int64 ids padded with −1. `prepared`: what `prepare_targets` returned
-    for these. Computes in the features' dtype, sums in fp32 at least. Collective, and so is its backward pass.
+    number; `logit_bias`: one number, for siglip. `sets`: of this rank's pairs. `prepared`: what `prepare_targets` returned
+    for them. `moment`: for psd. Computes in the features' dtype, sums in fp32 at least. Collective, and so is its
+    backward pass.
     """
-    targets, layout = prepared or prepare_targets(image_objects, text_objects, config)
-    loss = blockwise_loss(image_features, text_features, logit_scale, targets, layout)
+    dtype = torch.promote_types(image_features.dtype, torch.float32)
+    prepared = prepared or prepare_targets(sets, config, weights, dtype)
+    targets, layout = prepared.targets, prepared.layout
+    if config.name == "siglip":
+        if logit_bias is None:
+            raise ValueError("siglip needs logit_bias")
+        loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, targets, layout)
+    else:
+        loss = blockwise_loss(image_features, text_features, logit_scale, targets, layout)
     numbers = (targets.true_pair_mass, targets.similar_pairs, targets.equal_pairs)
     return LossOutput(loss, (loss.detach() - targets.entropy), *(torch.as_tensor(n).to(loss) for n in numbers))

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pretrain.losses.mates import Mates
 from pretrain.losses.ragged import SparseMatrix, grouped, spans, starts_of
 from pretrain.losses.similarity import ORDER, Similarity, evaluate
 from pretrain.losses.subsets import Overlaps
@@ -17,7 +18,10 @@ from pretrain.losses.subsets import Overlaps
 
 @dataclass(frozen=True)
 class Others:
-    """For each query of one direction, the gallery without its own pair. Queries with equal sets are one kind."""
+    """For each query of one direction, the gallery without its true pairs: its own and its mates.
+
+    Queries with equal sets, own pairs' sets and mates are one kind.
+    """
 
     of_rows: Tensor
     """(N,) int64: the kind of each query"""
@@ -33,6 +37,8 @@ class Others:
     """(C,) int64: |A| + |B|"""
     counts: Tensor
     """(C,) int64 ≥ 1: how many others there are"""
+    numbers: Tensor
+    """(K,) int64 ≥ 1: true pairs"""
 
     @cached_property
     def multiplicity(self) -> Tensor:
@@ -54,16 +60,22 @@ class Others:
         return total.index_add_(0, self.kinds, values)
 
 
-def count_others(overlaps: Overlaps) -> tuple[Others, Others]:
+def count_others(overlaps: Overlaps, mates: Mates) -> tuple[Others, Others]:
     """Returns the counts of images over texts and of texts over images; the same object where the sides are equal."""
     classes = overlaps.classes
-    images = _count(overlaps, classes.of_images, classes.of_texts)
-    return images, images if classes.sides_are_equal else _count(overlaps, classes.of_texts, classes.of_images)
+    images = _count(overlaps, mates, classes.of_images, classes.of_texts)
+    return images, images if classes.sides_are_equal else _count(overlaps, mates, classes.of_texts, classes.of_images)
 
 
-def _count(overlaps: Overlaps, queries: Tensor, gallery: Tensor) -> Others:
+def _count(overlaps: Overlaps, mates: Mates, queries: Tensor, gallery: Tensor) -> Others:
     classes, num = overlaps.classes, len(overlaps.classes)
     keys, of_rows = torch.unique(queries * num + gallery, return_inverse=True)
+    numbers = torch.ones_like(keys)
+    if len(mates):
+        base = int(mates.groups.max()) + 1
+        of_groups, of_rows = torch.unique(of_rows * base + mates.groups, return_inverse=True)
+        keys, numbers = keys[of_groups // base], numbers[of_groups // base]
+        numbers[of_rows] = mates.numbers
     own_class, own_pair = keys // num, keys % num
     own_shared = overlaps.shared_by(own_class, own_pair)
 
@@ -71,10 +83,11 @@ def _count(overlaps: Overlaps, queries: Tensor, gallery: Tensor) -> Others:
     lengths = torch.bincount(rows, minlength=num)
     kinds, place = spans(starts_of(lengths)[own_class], lengths[own_class])
     own = torch.nonzero(own_shared)[:, 0]  # the own pair is counted among them, and taken out
-    kinds = torch.cat([kinds, own])
-    shared = torch.cat([shared[place], own_shared[own]])
-    sizes = torch.cat([sizes[place], classes.sizes[own_pair[own]]])
-    counts = torch.cat([counts[place], -torch.ones_like(own)])
+    mate_kinds, mate_shared, mate_sizes = _mates_of_kinds(overlaps, mates, of_rows, own_class, gallery)
+    kinds = torch.cat([kinds, own, mate_kinds])
+    shared = torch.cat([shared[place], own_shared[own], mate_shared])
+    sizes = torch.cat([sizes[place], classes.sizes[own_pair[own]], mate_sizes])
+    counts = torch.cat([counts[place], -torch.ones_like(own), -torch.ones_like(mate_kinds)])
 
     base = classes.sizes.max() + 1
     order, group, members = grouped((kinds * base + shared) * base + sizes)
@@ -89,7 +102,23 @@ def _count(overlaps: Overlaps, queries: Tensor, gallery: Tensor) -> Others:
         shared[first],
         classes.sizes[own_class[kinds]] + sizes[first],
         counts,
+        numbers,
     )
+
+
+def _mates_of_kinds(
+    overlaps: Overlaps, mates: Mates, of_rows: Tensor, own_class: Tensor, gallery: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (kind, I, b) of the mates of each kind that share something with it."""
+    if len(mates) == 0:
+        return mates.rows, mates.rows, mates.rows
+    some_row = torch.empty_like(own_class)
+    some_row[of_rows] = torch.arange(len(of_rows), device=of_rows.device)  # any: their mates have the same sets
+    kinds, place = spans(mates.starts[some_row], mates.numbers[some_row] - 1)
+    classes = gallery[mates.columns[place]]
+    shared = overlaps.shared_by(own_class[kinds], classes)
+    meets = shared > 0
+    return kinds[meets], shared[meets], overlaps.classes.sizes[classes[meets]]
 
 
 def _by_class(overlaps: Overlaps, multiplicity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.losses.sets import BatchSets
 from setclip.distributed import world_size
 
 
@@ -36,23 +37,24 @@ class Layout:
         return _share(width, self.rank, len(self.counts))
 
 
-def agree(image_objects: Tensor, text_objects: Tensor) -> tuple[Layout, Tensor, Tensor]:
-    """Returns the layout, and all ranks' ids: (N, M) and (N, M'), padded with −1 to the widest rank's."""
+def agree(sets: BatchSets) -> tuple[Layout, BatchSets]:
+    """Returns the layout, and all ranks' sets, padded with −1 to the widest rank's. Ranks must all have text ids, or none."""
     if world_size() == 1:
-        return Layout(0, (len(image_objects),)), image_objects, text_objects
-    mine = torch.tensor(
-        [len(image_objects), image_objects.shape[1], text_objects.shape[1]], device=image_objects.device
-    )
+        return Layout(0, (len(sets),)), sets
+    images, texts = sets.image_objects, sets.text_objects
+    mine = torch.tensor([len(sets), images.shape[1], texts.shape[1]], device=images.device)
     shapes = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(shapes, mine)
     counts, image_widths, text_widths = zip(*(shape.tolist() for shape in shapes), strict=True)
     layout = Layout(dist.get_rank(), counts)
-    # One message: ids of both sides beside each other.
+    # One message: ids of both sides, and of the texts, beside each other.
     pad = torch.nn.functional.pad
-    images = pad(image_objects, (0, max(image_widths) - image_objects.shape[1]), value=-1)
-    texts = pad(text_objects, (0, max(text_widths) - text_objects.shape[1]), value=-1)
-    both = gather_rows(torch.cat([images, texts], dim=1), layout)
-    return layout, both[:, : max(image_widths)], both[:, max(image_widths) :]
+    images = pad(images, (0, max(image_widths) - images.shape[1]), value=-1)
+    texts = pad(texts, (0, max(text_widths) - texts.shape[1]), value=-1)
+    text_ids = [] if sets.text_ids is None else [sets.text_ids[:, None]]
+    both = gather_rows(torch.cat([images, texts, *text_ids], dim=1), layout)
+    images, texts, text_ids = both.split([max(image_widths), max(text_widths), len(text_ids)], dim=1)
+    return layout, BatchSets(images, texts, None if sets.text_ids is None else text_ids[:, 0])
 
 
 def gather_rows(local: Tensor, layout: Layout) -> Tensor:

@@ -1,7 +1,8 @@
 """The targets of a batch as one linear operator: W = (Q^{I→T} + (Q^{T→I})ᵀ) / 2, applied without an N × N matrix.
 
 The soft part of the loss is −s Σ W_ij x_i·y_j / N, so it and its gradients need W only as W Y and Wᵀ X. W is a diagonal,
-two row- and column-scaled copies of the expansion, and two rank-one terms. Letters: N pairs, U classes, D width.
+two row- and column-scaled copies of the expansion, two rank-one terms, and what pairs with equal texts get. Or, where IoU
+is weighted, similarities are made with each block of logits (`tiles`). Letters: N pairs, U classes, D width.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -9,13 +10,17 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pretrain.losses.counts import Others, count_others
+from pretrain.losses.counts import count_others
+from pretrain.losses.exchange import Layout
 from pretrain.losses.expansion import Expansion, expand
+from pretrain.losses.mates import Mates, find_mates
 from pretrain.losses.ragged import SparseMatrix
-from pretrain.losses.sets import collapse
-from pretrain.losses.similarity import AtLeast, Similarity, evaluate
+from pretrain.losses.sets import BatchSets, SetClasses, collapse
+from pretrain.losses.similarity import AtLeast, evaluate
 from pretrain.losses.subsets import find_overlaps
-from pretrain.losses.targets import LossConfig, Rows
+from pretrain.losses.targets import Crowd, LossConfig, Rows
+from pretrain.losses.tiles import SoftTiles, make_tiles, sum_others
+from pretrain.losses.weights import ObjectWeights
 
 _COLUMNS_AT_ONCE = 32
 """Width of a slice of features while W is applied: rows that are gathered stay in a processor's cache."""
@@ -63,49 +68,61 @@ class Targets:
     texts: Side
     diagonal: Tensor
     """(N,) W_ii: the mean of what the true pair gets from its image and its text"""
+    label_sums: Tensor
+    """(N,) what each image gives in all; 1 but for siglip"""
     own: Tensor
     """(N,) what a diagonal without true pairs would hold: taken off"""
     expansion: Expansion | None
-    """None where no other gets anything by similarity"""
+    """None where no other gets anything by similarity, or `tiles` say what"""
+    tiles: SoftTiles | None
+    """What others get by similarity where that is made with each block of logits"""
+    mates: tuple[SparseMatrix, SparseMatrix] | None
+    """(N, N) what is to be added at pairs with equal texts, and its transpose"""
     has_constant: bool
     """Whether any row gives the same to every other"""
     entropy: float
-    """Mean over rows and directions, in nats: the floor of the loss"""
+    """The floor of the loss, in nats: of softmax losses, the mean over rows and directions of the targets' entropy"""
     true_pair_mass: float
-    """Mean target on the true pair"""
+    """Mean target on true pairs, over rows"""
     similar_pairs: float
-    """Share of pairs of an image and another's text with IoU ≥ 1/2: false negatives of a hard loss"""
+    """Share of other pairs of an image and a text with IoU ≥ 1/2: false negatives of a hard loss"""
     equal_pairs: float
-    """Share of those with IoU 1"""
+    """Share of those with equal objects"""
 
     @property
     def gives_to_others(self) -> bool:
-        """Whether W has anything off the diagonal."""
-        return self.expansion is not None or self.has_constant
+        """Whether W has anything off the diagonal that tiles do not make."""
+        return self.expansion is not None or self.has_constant or self.mates is not None
 
     def to(self, dtype: torch.dtype) -> "Targets":
         """Returns W in the dtype that it is applied in; its diagonal stays float64."""
+        if self.tiles is not None and self.tiles.image_shares.dtype != dtype:
+            raise ValueError(f"targets were prepared for {self.tiles.image_shares.dtype}, the logits are {dtype}")
         return replace(
             self,
             images=self.images.to(dtype),
             texts=self.texts.to(dtype),
             own=self.own.to(dtype),
             expansion=self.expansion.to(dtype) if self.expansion else None,
+            mates=(self.mates[0].to(dtype), self.mates[1].to(dtype)) if self.mates else None,
         )
 
     def times_texts(self, texts: Tensor) -> Tensor:
         """Returns (W − its diagonal) times (N, D) texts: a row for each image."""
-        return self._times(self.images, self.texts, texts)
+        return self._times(self.images, self.texts, texts, 0)
 
     def times_images(self, images: Tensor) -> Tensor:
         """Returns (W − its diagonal)ᵀ times (N, D) images: a row for each text."""
-        return self._times(self.texts, self.images, images)
+        return self._times(self.texts, self.images, images, 1)
 
-    def _times(self, queries: Side, gallery: Side, features: Tensor) -> Tensor:
+    def _times(self, queries: Side, gallery: Side, features: Tensor, direction: int) -> Tensor:
         product = torch.empty_like(features, memory_format=torch.contiguous_format)
         for first in range(0, features.shape[1], _COLUMNS_AT_ONCE):
             columns = slice(first, first + _COLUMNS_AT_ONCE)
-            product[:, columns] = self._times_slice(queries, gallery, features[:, columns].contiguous())
+            part = features[:, columns].contiguous()
+            product[:, columns] = self._times_slice(queries, gallery, part)
+            if self.mates is not None:
+                product[:, columns] += self.mates[direction].sum_rows(part)
         return product
 
     def _times_slice(self, queries: Side, gallery: Side, features: Tensor) -> Tensor:
@@ -121,57 +138,182 @@ class Targets:
         return product
 
 
-def make_targets(image_objects: Tensor, text_objects: Tensor, config: LossConfig) -> Targets:
-    """Returns the targets of (N, M) and (N, M') int64 object ids, padded with −1. No gradient, no features needed."""
-    size = len(image_objects)
-    overlaps = find_overlaps(collapse(image_objects, text_objects))
-    classes = overlaps.classes
-    others = count_others(overlaps)
+def make_targets(
+    sets: BatchSets, config: LossConfig, layout: Layout, weights: ObjectWeights | None, dtype: torch.dtype
+) -> Targets:
+    """Returns the targets of all ranks' sets. No gradient, no features needed. Collective where IoU is weighted.
+
+    `dtype`: that of the logits. Raises ValueError where weights are wanted and not given.
+    """
+    size, device = len(sets), sets.image_objects.device
+    classes = collapse(sets.image_objects, sets.text_objects)
+    mates = find_mates(sets.text_ids if config.equal_texts == "positives" else None, size, device)
     target = config.find_target()
     similarity = target.similarity(config) if target.similarity else None
-    rows = []
-    for direction in others:
-        zero = torch.zeros(len(direction.own_shared), dtype=torch.float64, device=image_objects.device)
-        rows.append(target.rows(direction, direction.total(similarity) if similarity else zero, size, config))
-    shares = [row.per_similarity[direction.of_rows] for row, direction in zip(rows, others, strict=True)]
-    images, texts = (
-        Side.of(of, len(classes), share, row.to_each[direction.of_rows])
-        for of, share, row, direction in zip((classes.of_images, classes.of_texts), shares, rows, others, strict=True)
+    if similarity is not None and config.weights == "frequency":
+        if weights is None:
+            raise ValueError("weights 'frequency' needs the weights of objects")
+        return _in_tiles(classes, mates, config, layout, weights, dtype)
+    return _by_subsets(classes, mates, config)
+
+
+def _by_subsets(classes: SetClasses, mates: Mates, config: LossConfig) -> Targets:
+    """Returns the targets whose similarity is expanded over shared subsets, or that have none."""
+    size = len(classes.of_images)
+    overlaps = find_overlaps(classes)
+    target = config.find_target()
+    similarity = target.similarity(config) if target.similarity else None
+    directions, rows, totals, entropy = count_others(overlaps, mates), [], [], 0.0
+    for direction in directions:
+        numbers = direction.numbers.double()
+        others = size - numbers
+        total = direction.total(similarity) if similarity else torch.zeros_like(others)
+        row = target.rows(Crowd(numbers, others, direction.overlapping > 0, total), config)
+        rows.append(row)
+        totals.append(total)
+        given = row.to_each[direction.kinds]
+        if similarity is not None:
+            given = given + row.per_similarity[direction.kinds] * evaluate(
+                similarity, direction.shared, direction.sizes
+            )
+        unshared = (others - direction.overlapping) * information(row.to_each, config)
+        shared = direction.sum_by_kind(direction.counts * information(given, config))
+        entropy += float((of_true_pairs(row, numbers, config) + unshared + shared)[direction.of_rows].mean())
+    given = [
+        Rows(*(getattr(row, entry.name)[direction.of_rows] for entry in fields(Rows)))
+        for row, direction in zip(rows, directions, strict=True)
+    ]
+    own_similarity = mate_similarity = None
+    if similarity is not None:
+        first = directions[0]
+        own_similarity = evaluate(similarity, first.own_shared, first.own_sizes)[first.of_rows]
+        pair = classes.of_images[mates.rows], classes.of_texts[mates.columns]
+        mate_similarity = evaluate(
+            similarity, overlaps.shared_by(*pair), classes.sizes[pair[0]] + classes.sizes[pair[1]]
+        )
+    gives = torch.stack([row.per_similarity.max() for row in rows]).max() > 0
+    return _assemble(
+        classes,
+        mates,
+        given,
+        own_similarity,
+        mate_similarity,
+        expand(overlaps, similarity) if similarity is not None and bool(gives) else None,
+        None,
+        totals[0][directions[0].of_rows],
+        entropy / 2,
+        (directions[0].total(AtLeast(0.5)) * directions[0].multiplicity).sum(),
     )
-    own = (images.to_each + texts.to_each) / 2
-    if similarity:
-        own_similarity = evaluate(similarity, others[0].own_shared, others[0].own_sizes)[others[0].of_rows]
+
+
+def _in_tiles(
+    classes: SetClasses,
+    mates: Mates,
+    config: LossConfig,
+    layout: Layout,
+    weights: ObjectWeights | None,
+    dtype: torch.dtype,
+) -> Targets:
+    """Returns the targets whose similarity is made with each block of logits."""
+    target = config.find_target()
+    assert target.similarity is not None
+    similarity = target.similarity(config)
+    tiles = make_tiles(classes, mates, weights, layout, dtype)
+    floor = similarity.floor
+
+    def summand(values: Tensor) -> Tensor:
+        if config.name == "siglip":
+            return information(config.beta * values, config)
+        given = values.add_(floor)
+        return given.clamp_min(torch.finfo(given.dtype).tiny).log_().mul_(given)  # in a third of xlogy's time
+
+    sums = sum_others(tiles, similarity, summand, layout)
+    given, entropy = [], 0.0
+    for direction in sums:
+        numbers = mates.numbers.double()
+        others = layout.total - numbers
+        row = target.rows(Crowd(numbers, others, direction.overlapping > 0, direction.total), config)
+        given.append(row)
+        shared = direction.information
+        if config.name != "siglip":  # of a row's a · g, where g = f + floor: − Σ a g log(a g)
+            share, overlapping = row.per_similarity, direction.overlapping
+            log_share = torch.xlogy(share, share)
+            shared = -share * shared - log_share * (direction.total + floor * overlapping)
+        unshared = (others - direction.overlapping) * information(row.to_each, config)
+        entropy += float((of_true_pairs(row, numbers, config) + unshared + shared).mean())
+    soft = SoftTiles(
+        tiles,
+        similarity,
+        (given[0].per_similarity[layout.mine] / 2).to(dtype),
+        (given[1].per_similarity / 2).to(dtype),
+    )
+    return _assemble(classes, mates, given, None, None, None, soft, sums[0].total, entropy / 2, sums[0].similar.sum())
+
+
+def _assemble(
+    classes: SetClasses,
+    mates: Mates,
+    given: list[Rows],
+    own_similarity: Tensor | None,
+    mate_similarity: Tensor | None,
+    expansion: Expansion | None,
+    tiles: SoftTiles | None,
+    total: Tensor,
+    entropy: float,
+    similar: Tensor,
+) -> Targets:
+    """Returns the targets from what each row gives, (N,) by direction; `total`: their similarities to others, (N,)."""
+    size, num = len(classes.of_images), len(classes)
+    constants = torch.stack([row.to_each.max() for row in given]).max() > 0
+    # What the factors hold at true pairs, where it does not belong.
+    shares = [row.per_similarity if expansion is not None else torch.zeros_like(row.true) for row in given]
+    own = (given[0].to_each + given[1].to_each) / 2
+    if expansion is not None and own_similarity is not None:
         own = own + (shares[0] + shares[1]) / 2 * own_similarity
-    gives = torch.stack([torch.stack([row.per_similarity.max(), row.to_each.max()]) for row in rows]).amax(0) > 0
-    by_similarity, by_constant = gives.tolist()
+    true = [row.true / mates.numbers for row in given]
+    of_mates = None
+    if len(mates):
+        rows, columns = mates.rows, mates.columns
+        value = (true[0][rows] + true[1][columns] - given[0].to_each[rows] - given[1].to_each[columns]) / 2
+        if expansion is not None and mate_similarity is not None:
+            value = value - (shares[0][rows] + shares[1][columns]) / 2 * mate_similarity
+        of_mates = SparseMatrix.of(rows, columns, size, value), SparseMatrix.of(columns, rows, size, value)
+    images, texts = (
+        Side.of(of, num, share, row.to_each)
+        for of, share, row in zip((classes.of_images, classes.of_texts), shares, given, strict=True)
+    )
     return Targets(
         images,
         texts,
-        (rows[0].true[others[0].of_rows] + rows[1].true[others[1].of_rows]) / 2,
+        (true[0] + true[1]) / 2,
+        given[0].true + given[0].per_similarity * total + given[0].to_each * (size - mates.numbers),
         own,
-        expand(overlaps, similarity) if similarity and by_similarity else None,
-        by_constant,
-        sum(_entropy(d, row, similarity, size) for d, row in zip(others, rows, strict=True)) / 2,
-        sum(float(row.true[d.of_rows].mean()) for d, row in zip(others, rows, strict=True)) / 2,
-        *(_share_above(others[0], threshold, size) for threshold in (0.5, 1.0)),
+        expansion,
+        tiles,
+        of_mates,
+        bool(constants),
+        entropy,
+        float((given[0].true.mean() + given[1].true.mean()) / 2),
+        *(float(count) / max(1, size * size - int(mates.numbers.sum())) for count in (similar, _equal(classes, mates))),
     )
 
 
-def _entropy(others: Others, rows: Rows, similarity: Similarity | None, size: int) -> float:
-    """Returns the mean entropy of the rows, in nats."""
-    given = rows.to_each[others.kinds]
-    if similarity is not None:
-        given = given + rows.per_similarity[others.kinds] * evaluate(similarity, others.shared, others.sizes)
-    unshared = (size - 1 - others.overlapping) * torch.xlogy(rows.to_each, rows.to_each)
-    of_kinds = (
-        torch.xlogy(rows.true, rows.true) + unshared + others.sum_by_kind(others.counts * torch.xlogy(given, given))
-    )
-    return -float(of_kinds[others.of_rows].mean())
+def information(given: Tensor, config: LossConfig) -> Tensor:
+    """Returns what a pair's target adds to the floor of the loss, elementwise: −q log q, of a label also −(1−q) log(1−q)."""
+    found = -torch.xlogy(given, given)
+    return found - torch.xlogy(1 - given, 1 - given) if config.name == "siglip" else found
 
 
-def _share_above(others: Others, threshold: float, size: int) -> float:
-    """Returns the share of pairs, true ones apart, whose IoU is at least `threshold`."""
-    if size == 1:
-        return 0.0
-    above = others.total(AtLeast(threshold))
-    return float((above * others.multiplicity).sum()) / (size * (size - 1))
+def of_true_pairs(row: Rows, numbers: Tensor, config: LossConfig) -> Tensor:
+    """Returns what the true pairs of each row add to the floor."""
+    return numbers * information(row.true / numbers, config)
+
+
+def _equal(classes: SetClasses, mates: Mates) -> Tensor:
+    """Returns how many pairs, true ones apart, have equal objects, at least one."""
+    num = len(classes)
+    images, texts = (torch.bincount(of, minlength=num) for of in (classes.of_images, classes.of_texts))
+    is_own = (classes.of_images == classes.of_texts) & (classes.sizes[classes.of_images] > 0)
+    first, second = classes.of_images[mates.rows], classes.of_texts[mates.columns]
+    is_mate = (first == second) & (classes.sizes[first] > 0)
+    return (images * texts * (classes.sizes > 0)).sum() - is_own.sum() - is_mate.sum()

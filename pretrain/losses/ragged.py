@@ -15,9 +15,12 @@ def starts_of(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-def spans(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (owner, place): the places starts[r], …, starts[r] + lengths[r] − 1 of each r, one after the other."""
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+def spans(starts: Tensor, lengths: Tensor, total: int | None = None) -> tuple[Tensor, Tensor]:
+    """Returns (owner, place): the places starts[r], …, starts[r] + lengths[r] − 1 of each r, one after the other.
+
+    `total`: how many there are, where that is known: then a GPU need not be waited for.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=total)
     shift = starts - starts_of(lengths)[:-1]
     return owner, torch.arange(len(owner), device=lengths.device) + shift[owner]
 

@@ -13,6 +13,22 @@ PAD = -1
 
 
 @dataclass(frozen=True)
+class BatchSets:
+    """What a batch's targets are made of. No gradient."""
+
+    image_objects: Tensor
+    """(B, M) int64 ids of the objects on the image's side, padded with −1"""
+    text_objects: Tensor
+    """(B, M') int64, the same on the text's side"""
+    text_ids: Tensor | None = None
+    """(B,) int64: equal where texts are equal, which are then no negatives of each other; None: all texts count as
+    different"""
+
+    def __len__(self) -> int:
+        return len(self.image_objects)
+
+
+@dataclass(frozen=True)
 class SetClasses:
     """The distinct object sets of a batch, and who has which."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
 from functools import lru_cache
-from math import comb
+from math import comb, exp
 
 import torch
 from torch import Tensor
@@ -25,9 +25,16 @@ _DIGITS = Context(prec=50)
 class Iou:
     """|A ∩ B| / |A ∪ B|."""
 
+    floor = 0.0
+    """What a target of this similarity gives, in units of it, to pairs that share nothing"""
+
     def __call__(self, shared: int, sizes: int) -> Fraction:
         """Returns f(I, n); 0 where nothing is shared, empty sets included."""
         return Fraction(shared, sizes - shared) if shared else Fraction(0)
+
+    def from_iou(self, iou: Tensor) -> Tensor:
+        """Returns f of (weighted) IoUs, which it overwrites."""
+        return iou
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,30 @@ class ExpIou:
         inverse = 1 / Fraction(self.temperature)
         return _exp(Iou()(shared, sizes) * inverse - inverse) - _exp(-inverse) if shared else Fraction(0)
 
+    @property
+    def floor(self) -> float:
+        """exp(−1 / τ)."""
+        return exp(-1 / self.temperature)
+
+    def from_iou(self, iou: Tensor) -> Tensor:
+        """Returns f of (weighted) IoUs, which it overwrites; exactly 0 of 0."""
+        return iou.div_(self.temperature).expm1_().mul_(self.floor)
+
 
 @dataclass(frozen=True)
 class AtLeast:
     """1 where IoU ≥ threshold, else 0; decided on whole numbers."""
 
     threshold: float
+    floor = 0.0
 
     def __call__(self, shared: int, sizes: int) -> Fraction:
         """Returns f(I, n). The threshold is the decimal that was written: 0.1 is 1/10."""
         return Fraction(shared > 0 and Iou()(shared, sizes) >= Fraction(str(self.threshold)))
+
+    def from_iou(self, iou: Tensor) -> Tensor:
+        """Returns f of weighted IoUs, which it overwrites. Within 1e-5 of the threshold, for lack of exact numbers, is above."""
+        return torch.ge(iou, self.threshold * (1 - 1e-5), out=iou)
 
 
 Similarity = Iou | ExpIou | AtLeast

@@ -1,45 +1,56 @@
-"""The family of targets: how each row spreads its mass of 1. Its parameters, and one plain dict of names.
+"""The family of losses: what each row of targets gives, its parameters, and one plain dict of names.
 
-A row gives `true` to its own pair, and `per_similarity` · f(I, n) + `to_each` to each other, where f is a similarity of
-the two object sets. So a row needs only the sum of f over its others. AlignCLIP (Zhang et al., ACM MM 2024) states the
-idea of object_iou and its result; all formulas of object_iou are our reconstruction.
+A row gives `true` to its true pairs (its own, and those with an equal text), and `per_similarity` · f + `to_each` to each
+other, where f is a similarity of the two object sets. So a row needs only the sum of f over its others. AlignCLIP (Zhang
+et al., ACM MM 2024) states the idea of object_iou and its result; all formulas of object_iou are our reconstruction.
 Letters: N pairs of the batch, K kinds of rows.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import exp
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pretrain.losses.counts import Others
 from pretrain.losses.similarity import AtLeast, ExpIou, Iou, Similarity
 from setclip.lookup import look_up
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Which loss, and its parameters. Parameters of the other losses are ignored."""
+    """Which loss, and its parameters. What the chosen one does not use is announced when a run begins."""
 
     name: str = "object_iou"
-    """hard, label_smoothing, object_iou or multi_positive."""
-    target: str = "budget"
-    """object_iou: budget (1 − β on the true pair, β by IoU), mix (1 − β on the true pair, β by IoU, the true pair's own
-    included), l1 (IoU over its row's sum) or softmax (of IoU over a temperature)."""
+    """hard, label_smoothing, object_iou, multi_positive, softclip, psd or siglip."""
+    target: str | None = None
+    """object_iou: budget (the default: 1 − β on the true pair, β by IoU), mix (1 − β on the true pair, β by IoU, the
+    true pair's own included), l1 (IoU over its row's sum) or softmax (of IoU over a temperature). siglip: hard (the
+    default) or iou (the label of another pair is β times its IoU)."""
     beta: float = 0.2
-    """object_iou, budget: the mass that goes to other pairs that share objects; mix: the share of l1."""
+    """object_iou, budget: the mass that goes to other pairs that share objects; mix: the share of l1. softclip: the
+    share of softmax. siglip, iou: the label of a pair with equal objects."""
+    weights: Literal["none", "frequency"] = "none"
+    """IoU of objects that count alike, or by log(captions / captions that name the object), from objects.parquet."""
     no_overlap: Literal["one_hot", "uniform"] = "one_hot"
     """object_iou, budget: what a row gets that shares no object with any other."""
     temperature: float = 0.05
-    """object_iou, softmax: what IoU is divided by."""
+    """object_iou, softmax, and softclip: what IoU is divided by."""
     threshold: float = 0.5
     """multi_positive: the IoU from which a pair counts as true; 1 is equal sets."""
     smoothing: float = 0.2
     """label_smoothing: α."""
     smoothing_split: Literal["others", "all"] = "others"
     """label_smoothing: α over the other pairs (PyramidCLIP), or over all (PyTorch)."""
+    negatives_weight: float = 1.0
+    """softclip: of the term on negatives alone."""
+    hard_share: tuple[float, float] = (1.0, 0.2)
+    """psd: the share of pairs with one-hot targets, first and last; a cosine leads from one to the other."""
+    teacher_temperature: float = 0.1
+    """psd: what the model's own cosines are divided by to make targets."""
+    equal_texts: Literal["positives", "negatives"] = "positives"
+    """What pairs with an equal text are to each other. CLIP takes them for negatives."""
 
     def __post_init__(self) -> None:
         self.find_target()
@@ -50,11 +61,50 @@ class LossConfig:
             raise ValueError(f"threshold must lie in (0, 1], found {self.threshold}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, found {self.temperature}")
+        if not self.teacher_temperature >= 0.02:
+            raise ValueError(f"teacher_temperature must be at least 0.02, found {self.teacher_temperature}")
+        if not all(0 <= share <= 1 for share in self.hard_share):
+            raise ValueError(f"hard_share must lie in [0, 1], found {self.hard_share}")
+        if self.negatives_weight < 0:
+            raise ValueError(f"negatives_weight must not be negative, found {self.negatives_weight}")
+        if self.name == "softclip" and self.beta == 0:
+            raise ValueError("softclip takes the logarithm of its targets: beta must be above 0, found 0")
+
+    @property
+    def full_name(self) -> str:
+        """The name, with its target where there is a choice."""
+        targets = LOSSES[self.name]
+        return self.name if len(targets) == 1 else f"{self.name}/{self.target or next(iter(targets))}"
 
     def find_target(self) -> "Target":
         """Returns the entry of this name and target. Raises InputError with the nearest name."""
         targets = look_up(LOSSES, self.name, "loss")
-        return targets[""] if "" in targets else look_up(targets, self.target, f"target of {self.name}")
+        if "" in targets:
+            return targets[""]
+        return look_up(targets, self.target or next(iter(targets)), f"target of {self.name}")
+
+    def ignored(self) -> dict[str, object]:
+        """Returns the settings that differ from their defaults though this loss does not use them."""
+        used = {"name", "equal_texts", *self.find_target().uses}
+        if len(LOSSES[self.name]) > 1:
+            used.add("target")
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in used and value != defaults[name]}
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """What a row's others are like. (K,) each, a kind of rows."""
+
+    true: Tensor
+    """float64 ≥ 1: the number of true pairs"""
+    others: Tensor
+    """float64: the number of all other pairs"""
+    overlaps: Tensor
+    """bool: whether any of them shares an object with it"""
+    total: Tensor
+    """float64: the sum of the similarity over them"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +112,7 @@ class Rows:
     """What each kind of row gives, (K,) float64."""
 
     true: Tensor
+    """To all its true pairs together"""
     per_similarity: Tensor
     to_each: Tensor
 
@@ -70,74 +121,112 @@ class Rows:
 class Target:
     """An entry of the family."""
 
-    rows: Callable[[Others, Tensor, int, LossConfig], Rows]
-    """From the others of each row, the (K,) sums of the similarity over them, N, and the configuration."""
+    rows: Callable[[Crowd, LossConfig], Rows]
+    """What each kind of row gives"""
     similarity: Callable[[LossConfig], Similarity] | None = None
-    """None: all others are alike, whatever their objects."""
+    """None: all others are alike, whatever their objects"""
+    uses: tuple[str, ...] = ()
+    """The settings that it reads"""
 
 
-def hard(others: Others, total: Tensor, size: int, config: LossConfig) -> Rows:
+def hard(crowd: Crowd, config: LossConfig) -> Rows:
     """One-hot: CLIP (Radford et al. 2021, arXiv 2103.00020). Stated."""
-    return Rows(torch.ones_like(total), torch.zeros_like(total), torch.zeros_like(total))
+    none = torch.zeros_like(crowd.total)
+    return Rows(torch.ones_like(crowd.total), none, none)
 
 
-def label_smoothing(others: Others, total: Tensor, size: int, config: LossConfig) -> Rows:
+def label_smoothing(crowd: Crowd, config: LossConfig) -> Rows:
     """All other texts alike: PyramidCLIP (Gao et al. 2022, arXiv 2204.14095) states equal weights and 0.2.
 
     Split "others": 1 − α on the true pair, α/(N − 1) on each other; "all" (PyTorch's own): α/N on each, the true pair
     included. Which of them the papers mean is not stated.
     """
-    if size == 1:
-        return hard(others, total, size, config)
-    alpha = config.smoothing
-    share = alpha / (size - 1) if config.smoothing_split == "others" else alpha / size
-    true = 1 - alpha + (0.0 if config.smoothing_split == "others" else alpha / size)
-    return Rows(torch.full_like(total, true), torch.zeros_like(total), torch.full_like(total, share))
+    counts = crowd.others if config.smoothing_split == "others" else crowd.others + crowd.true
+    share = torch.where(crowd.others > 0, config.smoothing / counts.clamp_min(1), 0.0)
+    return Rows(1 - share * crowd.others, torch.zeros_like(share), share)
 
 
-def budget(others: Others, total: Tensor, size: int, config: LossConfig) -> Rows:
+def budget(crowd: Crowd, config: LossConfig) -> Rows:
     """1 − β on the true pair, β on the others in proportion to their IoU. Reconstructed.
 
     A row that overlaps no other text stays one-hot, or spreads β evenly (`no_overlap="uniform"`). β = 0.2 moves the
     same mass as label smoothing of 0.2 does, so the two differ only in where it goes.
     """
-    beta, overlaps = config.beta, others.overlapping > 0
-    spread = torch.where(overlaps, beta / total.where(overlaps, torch.ones_like(total)), 0.0)
-    if config.no_overlap == "one_hot" or size == 1:
-        return Rows(1 - beta * overlaps.to(total.dtype), spread, torch.zeros_like(total))
-    return Rows(torch.full_like(total, 1 - beta), spread, beta / (size - 1) * (~overlaps).to(total.dtype))
+    spread = torch.where(
+        crowd.overlaps, config.beta / crowd.total.where(crowd.overlaps, torch.ones_like(crowd.total)), 0.0
+    )
+    evenly = ~crowd.overlaps & (crowd.others > 0) & (config.no_overlap == "uniform")
+    to_each = torch.where(evenly, config.beta / crowd.others.clamp_min(1), 0.0)
+    return Rows(1 - config.beta * (crowd.overlaps | evenly).to(spread), spread, to_each)
 
 
-def mix(others: Others, total: Tensor, size: int, config: LossConfig) -> Rows:
+def mix(crowd: Crowd, config: LossConfig) -> Rows:
     """(1 − β) of one-hot and β of `l1`. Reconstructed."""
-    share = config.beta / (1 + total)
-    return Rows(1 - config.beta + share, share, torch.zeros_like(total))
+    share = config.beta / (crowd.true + crowd.total)
+    return Rows(1 - share * crowd.total, share, torch.zeros_like(share))
 
 
-def l1(others: Others, total: Tensor, size: int, config: LossConfig) -> Rows:
+def l1(crowd: Crowd, config: LossConfig) -> Rows:
     """Similarity divided by its sum over the row, the true pair's being 1: the true pair's share falls as batches grow.
 
     Reconstructed. With a similarity of 0 and 1 it makes all pairs above the threshold equally true (multi_positive).
     """
-    return Rows(1 / (1 + total), 1 / (1 + total), torch.zeros_like(total))
+    share = 1 / (crowd.true + crowd.total)
+    return Rows(crowd.true * share, share, torch.zeros_like(share))
 
 
-def softmax(others: Others, total: Tensor, size: int, config: LossConfig) -> Rows:
+def softmax(crowd: Crowd, config: LossConfig) -> Rows:
     """Softmax of IoU over a temperature, the true pair's IoU being 1: never zero. Reconstructed."""
-    floor = exp(-1 / config.temperature)  # of exp((IoU − 1) / τ), where nothing is shared
-    share = 1 / (1 + (size - 1) * floor + total)
-    return Rows(share, share, share * floor)
+    floor = ExpIou(config.temperature).floor  # of exp((IoU − 1) / τ), where nothing is shared
+    share = 1 / (crowd.true + crowd.others * floor + crowd.total)
+    return Rows(crowd.true * share, share, share * floor)
+
+
+def softclip(crowd: Crowd, config: LossConfig) -> Rows:
+    """(1 − β) of one-hot and β of `softmax`; `pretrain.losses.softclip` says what is done with it.
+
+    SoftCLIP (Gao et al. 2023, arXiv 2303.17561) states the idea; the variant that compares object tags, in our words.
+    """
+    rows = softmax(crowd, config)
+    beta = config.beta
+    return Rows(1 - beta + beta * rows.true, beta * rows.per_similarity, beta * rows.to_each)
+
+
+def labels(crowd: Crowd, config: LossConfig) -> Rows:
+    """Of siglip: labels between 0 and 1, which need not sum to 1. 1 for each true pair, β · IoU for each other.
+
+    SigLIP (Zhai et al. 2023, arXiv 2303.15343) states β = 0; the soft labels are ours.
+    """
+    share = torch.full_like(crowd.total, config.beta)
+    return Rows(crowd.true, share, torch.zeros_like(share))
+
+
+def hard_labels(crowd: Crowd, config: LossConfig) -> Rows:
+    """Of siglip: 1 for each true pair, 0 for each other. Stated."""
+    none = torch.zeros_like(crowd.total)
+    return Rows(crowd.true, none, none)
+
+
+def _iou(config: LossConfig) -> Similarity:
+    return Iou()
+
+
+def _exp_iou(config: LossConfig) -> Similarity:
+    return ExpIou(config.temperature)
 
 
 LOSSES: Mapping[str, Mapping[str, Target]] = {
     "hard": {"": Target(hard)},
-    "label_smoothing": {"": Target(label_smoothing)},
+    "label_smoothing": {"": Target(label_smoothing, uses=("smoothing", "smoothing_split"))},
     "object_iou": {
-        "budget": Target(budget, lambda config: Iou()),
-        "mix": Target(mix, lambda config: Iou()),
-        "l1": Target(l1, lambda config: Iou()),
-        "softmax": Target(softmax, lambda config: ExpIou(config.temperature)),
+        "budget": Target(budget, _iou, ("beta", "weights", "no_overlap")),
+        "mix": Target(mix, _iou, ("beta", "weights")),
+        "l1": Target(l1, _iou, ("weights",)),
+        "softmax": Target(softmax, _exp_iou, ("weights", "temperature")),
     },
-    "multi_positive": {"": Target(l1, lambda config: AtLeast(config.threshold))},
+    "multi_positive": {"": Target(l1, lambda config: AtLeast(config.threshold), ("weights", "threshold"))},
+    "softclip": {"": Target(softclip, _exp_iou, ("beta", "weights", "temperature", "negatives_weight"))},
+    "psd": {"": Target(hard, uses=("hard_share", "teacher_temperature"))},
+    "siglip": {"hard": Target(hard_labels), "iou": Target(labels, _iou, ("beta", "weights"))},
 }
-"""Loss name to target name to entry; "" is the only target of a loss that has no choice."""
+"""Loss name to target name to entry; "" is the only target of a loss that has no choice, the first is the default."""
