@@ -11,7 +11,7 @@ from loss_reference import BATCHES, CONFIGS, IMAGE_SETS, TEXT_SETS, batch_sets, 
 from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.losses import LOSSES, LossConfig, blocks, blockwise, contrastive_loss, prepare_targets
+from pretrain.losses import LOSSES, LossConfig, blocks, blockwise, contrastive_loss, operators, prepare_targets
 from setclip import distributed
 from setclip.errors import InputError
 
@@ -68,6 +68,23 @@ def small_blocks(monkeypatch):
 def test_values_and_gradients_equal_the_reference(name, scale):
     for config in CONFIGS:
         check(found(config, scale, BATCHES[name]), wanted(config, scale, BATCHES[name]), 1e-12, (name, config, scale))
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.usefixtures("small_blocks")
+def test_both_designs_give_the_same(name, monkeypatch):
+    monkeypatch.setattr(operators, "_has_many_subsets", lambda *_: True)
+    for config in CONFIGS:
+        if config.name == "object_iou" and config.weights == "none":
+            check(found(config, 30.0, BATCHES[name]), wanted(config, 30.0, BATCHES[name]), 1e-12, (name, config))
+
+
+@pytest.mark.parametrize(("most", "vocabulary", "is_dense"), [(40, 200, True), (4, 20_000, False)])
+def test_captions_of_many_common_objects_take_the_second_design(most, vocabulary, is_dense):
+    drawn = reference.zipf_sets(1100, most, vocabulary, 0)
+    made = prepare_targets(batch_sets(drawn, drawn), LossConfig()).targets
+    assert (made.tiles is not None) == is_dense
+    assert (made.expansion is not None) == (not is_dense)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -25,6 +25,11 @@ from pretrain.losses.weights import ObjectWeights
 _COLUMNS_AT_ONCE = 32
 """Width of a slice of features while W is applied: rows that are gathered stay in a processor's cache."""
 
+_PAIRS_A_SUBSET = 40
+"""Similarities of pairs that are made in tiles, forward and backward, in the time that a subset takes; on a CPU."""
+_SMALL = 1 << 20
+"""Pairs of a batch for which neither takes long"""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -141,7 +146,7 @@ class Targets:
 def make_targets(
     sets: BatchSets, config: LossConfig, layout: Layout, weights: ObjectWeights | None, dtype: torch.dtype
 ) -> Targets:
-    """Returns the targets of all ranks' sets. No gradient, no features needed. Collective where IoU is weighted.
+    """Returns the targets of all ranks' sets. No gradient, no features needed. Collective.
 
     `dtype`: that of the logits. Raises ValueError where weights are wanted and not given.
     """
@@ -150,11 +155,27 @@ def make_targets(
     mates = find_mates(sets.text_ids if config.equal_texts == "positives" else None, size, device)
     target = config.find_target()
     similarity = target.similarity(config) if target.similarity else None
-    if similarity is not None and config.weights == "frequency":
+    if similarity is None:
+        return _by_subsets(classes, mates, config)
+    if config.weights == "frequency":
         if weights is None:
             raise ValueError("weights 'frequency' needs the weights of objects")
         return _in_tiles(classes, mates, config, layout, weights, dtype)
+    # Thresholds are decided on whole numbers, which tiles do not have.
+    if not isinstance(similarity, AtLeast) and _has_many_subsets(classes, layout):
+        return _in_tiles(classes, mates, config, layout, None, dtype)
     return _by_subsets(classes, mates, config)
+
+
+def _has_many_subsets(classes: SetClasses, layout: Layout) -> bool:
+    """Returns whether enumerating shared subsets, on every rank, takes longer than making this rank's similarities."""
+    pairs = layout.total * max(layout.counts)
+    if pairs < _SMALL:
+        return False
+    _, number, holders = torch.unique(classes.ids, return_inverse=True, return_counts=True)
+    shared = torch.bincount(classes.rows[holders[number] > 1], minlength=len(classes)).double()
+    subsets = shared + shared * (shared - 1) / 2 + shared * (shared - 1) * (shared - 2) / 6
+    return float(subsets.sum()) * _PAIRS_A_SUBSET > pairs
 
 
 def _by_subsets(classes: SetClasses, mates: Mates, config: LossConfig) -> Targets:
