@@ -11,9 +11,19 @@ from loss_reference import BATCHES, CONFIGS, IMAGE_SETS, TEXT_SETS, batch_sets, 
 from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.losses import LOSSES, LossConfig, blocks, blockwise, contrastive_loss, operators, prepare_targets
+from pretrain.losses import (
+    LOSSES,
+    LossConfig,
+    ObjectWeights,
+    blocks,
+    blockwise,
+    contrastive_loss,
+    operators,
+    prepare_targets,
+)
 from setclip import distributed
 from setclip.errors import InputError
+from setclip.objects import ObjectTable, object_id
 
 SCALES = [1.0, 1 / 0.07, 100.0]
 
@@ -179,6 +189,14 @@ def test_bf16_gradients_hold_where_the_model_nearly_fits_soft_targets(target, sp
     assert max(errors) < 0.01
 
 
+@pytest.mark.parametrize("config", [LossConfig(name="siglip", target="iou"), LossConfig(weights="frequency")])
+def test_bf16_gradients_of_the_other_ways_hold(config):
+    pair = features(torch.bfloat16)
+    truth = wanted(config, 30.0, pair=[x.detach().double().requires_grad_() for x in pair])
+    for mine, exact in zip(found(config, 30.0, pair=pair, dtype=torch.float32), truth, strict=True):
+        assert float((mine.double() - exact).norm()) < 0.004 * float(exact.norm())
+
+
 # --- ranks
 
 
@@ -273,6 +291,65 @@ def test_hard_equals_open_clips_loss():
         with_gradients(mine, images, texts, theta), with_gradients(theirs, images, texts, theta), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_siglip_equals_open_clips_loss():
+    images, texts = features(torch.float32)
+    theta, bias = (torch.tensor(value, requires_grad=True) for value in (2.3, -5.0))
+    mine = ours(images, texts, theta, batch_sets(IMAGE_SETS, TEXT_SETS), LossConfig(name="siglip"), bias).loss
+    theirs = open_clip.loss.SigLipLoss()(images, texts, theta.exp(), bias)
+    leaves = images, texts, theta, bias
+    for a, b in zip(with_gradients(mine, *leaves), with_gradients(theirs, *leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_label_smoothing_over_all_equals_torchs_own():
+    images, texts = features()
+    config = LossConfig(name="label_smoothing", smoothing=0.3, smoothing_split="all")
+    mine = ours(images, texts, torch.tensor(3.0), batch_sets(*SMALL), config).loss
+    logits = math.exp(3.0) * images @ texts.T
+    directions = (
+        torch.nn.functional.cross_entropy(z, torch.arange(12), label_smoothing=0.3) for z in (logits, logits.T)
+    )
+    torch.testing.assert_close(mine, sum(directions) / 2, rtol=1e-6, atol=0)
+
+
+def test_a_prompt_that_occurs_twice_makes_true_pairs():
+    """Two images with one text: each is as right as the other, in both directions."""
+    images = torch.eye(2, dtype=torch.float64)
+    texts = torch.ones(2, 2, dtype=torch.float64) / math.sqrt(2)
+    sets, scale = batch_sets([{1}, {2}], [{1}, {2}], [5, 5]), torch.tensor(10.0, dtype=torch.float64)
+    shared = contrastive_loss(images, texts, scale, sets, LossConfig(name="hard"))
+    assert float(shared.loss) == pytest.approx(math.log(2))
+    assert float(shared.kl) == pytest.approx(0, abs=1e-12)
+    assert float(shared.true_pair_mass) == 1
+    as_clip = LossConfig(name="hard", equal_texts="negatives")
+    assert float(contrastive_loss(images, texts, scale, sets, as_clip).kl) == pytest.approx(math.log(2))
+
+
+def test_weights_that_are_all_alike_change_nothing():
+    images, texts = features()
+    alike = ObjectWeights(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64), 0.7)
+    sets, scale = batch_sets(*SMALL), torch.tensor(20.0, dtype=torch.float64)
+    weighted = contrastive_loss(images, texts, scale, sets, LossConfig(weights="frequency"), weights=alike).loss
+    torch.testing.assert_close(
+        weighted, contrastive_loss(images, texts, scale, sets, LossConfig()).loss, rtol=1e-13, atol=0
+    )
+
+
+def test_weights_come_from_how_many_captions_name_an_object():
+    table = ObjectTable.from_counts({"dog": 10, "person": 100, "axolotl": 1}, "pos", 100)
+    named = [object_id(name) for name in ("person", "dog", "axolotl", "yeti")]
+    found = ObjectWeights.of(table).look_up(torch.tensor(named))
+    assert found.tolist() == pytest.approx([0, math.log(10), math.log(100), math.log(100)])
+
+
+def test_settings_that_a_loss_does_not_use_are_known():
+    assert LossConfig(name="label_smoothing", beta=0.5, smoothing=0.1).ignored() == {"beta": 0.5}
+    assert LossConfig(name="hard", target="l1").ignored() == {"target": "l1"}
+    assert LossConfig(target="softmax", no_overlap="uniform").ignored() == {"no_overlap": "uniform"}
+    for config in CONFIGS:
+        assert config.ignored() == {}, config
 
 
 def test_targets_that_were_prepared_before_give_the_same_loss():
