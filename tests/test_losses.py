@@ -140,6 +140,20 @@ def test_features_that_are_all_alike_keep_their_gradients_at_scale_100():
     assert max(float(d.abs().max()) for d in (d_images, d_texts, d_scale)) < 1e-4
 
 
+@pytest.mark.parametrize("config", [LossConfig(target="l1"), LossConfig(name="label_smoothing")])
+def test_fp32_sums_of_many_equal_captions_keep_their_digits(config):
+    """Added one after the other, 3,000 equal features would be off by 3e-5 of their sum, and the loss by 1e-3."""
+    alike = torch.full((3_000, 64), 1 / 8)
+    sets, scale = batch_sets([{1}] * 3_000, [{1}] * 3_000), torch.tensor(100.0)
+    loss = contrastive_loss(alike, alike, scale, sets, config).loss
+    assert float(loss) == pytest.approx(math.log(3_000), abs=3e-5)
+
+
+def test_a_sharp_softmax_of_weighted_ious_is_finite():
+    config = LossConfig(target="softmax", temperature=0.01, weights="frequency")
+    check(found(config, 30.0, dtype=torch.float32), wanted(config, 30.0), 2e-5, config)
+
+
 # --- bf16
 
 

@@ -20,8 +20,10 @@ from torch import Tensor
 from pretrain.losses.blockwise import blockwise_loss
 from pretrain.losses.exchange import Layout, agree
 from pretrain.losses.operators import Targets, make_targets
+from pretrain.losses.self_distillation import distil
 from pretrain.losses.sets import BatchSets
 from pretrain.losses.sigmoid import sigmoid_loss
+from pretrain.losses.softclip import SoftClipTargets, make_softclip_targets, softclip_loss
 from pretrain.losses.targets import LOSSES, LossConfig
 from pretrain.losses.weights import ObjectWeights
 
@@ -67,7 +69,7 @@ class Moment:
 class Prepared:
     """The targets of a batch over all ranks."""
 
-    targets: Targets
+    targets: Targets | SoftClipTargets
     layout: Layout
 
 
@@ -83,7 +85,8 @@ def prepare_targets(
     logits, the features' promoted to float32.
     """
     layout, gathered = agree(sets)
-    return Prepared(make_targets(gathered, config, layout, weights, dtype), layout)
+    make = make_softclip_targets if config.name == "softclip" else make_targets
+    return Prepared(make(gathered, config, layout, weights, dtype), layout)
 
 
 def contrastive_loss(
@@ -108,11 +111,17 @@ def contrastive_loss(
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     prepared = prepared or prepare_targets(sets, config, weights, dtype)
     targets, layout = prepared.targets, prepared.layout
-    if config.name == "siglip":
+    if isinstance(targets, SoftClipTargets):
+        loss = softclip_loss(image_features, text_features, logit_scale, targets, layout)
+    elif config.name == "siglip":
         if logit_bias is None:
             raise ValueError("siglip needs logit_bias")
         loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, targets, layout)
     else:
+        if config.name == "psd":
+            if moment is None:
+                raise ValueError("psd needs moment")
+            targets = distil(targets, image_features, text_features, config, layout, moment.progress, moment.seed)
         loss = blockwise_loss(image_features, text_features, logit_scale, targets, layout)
     numbers = (targets.true_pair_mass, targets.similar_pairs, targets.equal_pairs)
-    return LossOutput(loss, (loss.detach() - targets.entropy), *(torch.as_tensor(n).to(loss) for n in numbers))
+    return LossOutput(loss, (loss.detach() - targets.entropy), *(loss.new_tensor(n) for n in numbers))

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from pretrain.losses.blocks import Products, dot, logit_blocks, scratch, true_in
 from pretrain.losses.exchange import Layout, add_over_ranks, add_to_owners, columns_to_owners, gather_rows
 from pretrain.losses.operators import Targets
-from pretrain.losses.tiles import SoftTiles
+from pretrain.losses.tiles import InTiles
 
 _BELOW_OVERFLOW = {torch.float32: 70.0, torch.float64: 600.0}
 """exp of this, summed over a block, is finite, and 1 / (N · exp of this) is a normal number."""
@@ -158,7 +158,7 @@ def to_gradients(
     `gradient`: by this rank's share of the loss. Overwrites the products.
     """
     of_texts = add_to_owners(of_all_texts, layout)
-    if soft.of_images is not None:
+    if soft.of_images is not None and soft.of_texts is not None:
         with_scores = with_scores - soft.dot(images)
         of_images -= soft.of_images
         of_texts -= soft.of_texts
@@ -174,7 +174,7 @@ def log_sums(
     all_texts: Tensor,
     scale: Tensor,
     layout: Layout,
-    tiles: SoftTiles | None = None,
+    tiles: InTiles | None = None,
 ) -> LogSums:
     """Returns the log-sum-exps of s · images · all_textsᵀ over rows and columns. `scale` has the dtype to compute in."""
     dtype = scale.dtype
@@ -199,7 +199,7 @@ def log_sums(
 
 
 def _shifted_sums(
-    images: Tensor, all_texts: Tensor, scale: Tensor, shift: Tensor, first_pair: int, tiles: SoftTiles | None
+    images: Tensor, all_texts: Tensor, scale: Tensor, shift: Tensor, first_pair: int, tiles: InTiles | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns Σ exp(z − c) over the others of rows and columns, the true pairs' z, and Σ W z of tiles: float64."""
     row_sums, column_sums = _empty_sums(images, all_texts, 0.0)
@@ -236,7 +236,7 @@ def _products(
     diagonal: Tensor,
     first_pair: int,
     partners: Tensor | None,
-    tiles: SoftTiles | None,
+    tiles: InTiles | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns M Y, Mᵀ X and Σ M_ij x_i·y_j, where M is P, the mean of both softmaxes, less tiles, with `diagonal` in it.
 

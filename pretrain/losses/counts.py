@@ -72,9 +72,9 @@ def _count(overlaps: Overlaps, mates: Mates, queries: Tensor, gallery: Tensor) -
     keys, of_rows = torch.unique(queries * num + gallery, return_inverse=True)
     numbers = torch.ones_like(keys)
     if len(mates):
-        base = int(mates.groups.max()) + 1
-        of_groups, of_rows = torch.unique(of_rows * base + mates.groups, return_inverse=True)
-        keys, numbers = keys[of_groups // base], numbers[of_groups // base]
+        groups = int(mates.groups.max()) + 1
+        of_groups, of_rows = torch.unique(of_rows * groups + mates.groups, return_inverse=True)
+        keys, numbers = keys[of_groups // groups], numbers[of_groups // groups]
         numbers[of_rows] = mates.numbers
     own_class, own_pair = keys // num, keys % num
     own_shared = overlaps.shared_by(own_class, own_pair)

@@ -19,7 +19,7 @@ from pretrain.losses.sets import BatchSets, SetClasses, collapse
 from pretrain.losses.similarity import AtLeast, evaluate
 from pretrain.losses.subsets import find_overlaps
 from pretrain.losses.targets import Crowd, LossConfig, Rows
-from pretrain.losses.tiles import SoftTiles, make_tiles, sum_others
+from pretrain.losses.tiles import InTiles, SoftTiles, make_tiles, sum_others
 from pretrain.losses.weights import ObjectWeights
 
 _COLUMNS_AT_ONCE = 32
@@ -79,7 +79,7 @@ class Targets:
     """(N,) what a diagonal without true pairs would hold: taken off"""
     expansion: Expansion | None
     """None where no other gets anything by similarity, or `tiles` say what"""
-    tiles: SoftTiles | None
+    tiles: InTiles | None
     """What others get by similarity where that is made with each block of logits"""
     mates: tuple[SparseMatrix, SparseMatrix] | None
     """(N, N) what is to be added at pairs with equal texts, and its transpose"""
@@ -101,8 +101,8 @@ class Targets:
 
     def to(self, dtype: torch.dtype) -> "Targets":
         """Returns W in the dtype that it is applied in; its diagonal stays float64."""
-        if self.tiles is not None and self.tiles.image_shares.dtype != dtype:
-            raise ValueError(f"targets were prepared for {self.tiles.image_shares.dtype}, the logits are {dtype}")
+        if self.tiles is not None and self.tiles.dtype != dtype:
+            raise ValueError(f"targets were prepared for {self.tiles.dtype}, the logits are {dtype}")
         return replace(
             self,
             images=self.images.to(dtype),
@@ -139,7 +139,7 @@ class Targets:
             product = -self.own[:, None] * features
         if self.has_constant:
             product.addcmul_(queries.to_each[:, None], features.sum(0), value=0.5)
-            product.add_(gallery.to_each @ features, alpha=0.5)
+            product.add_((gallery.to_each[:, None] * features).sum(0), alpha=0.5)  # (a product adds one by one)
         return product
 
 
@@ -200,7 +200,7 @@ def _by_subsets(classes: SetClasses, mates: Mates, config: LossConfig) -> Target
         unshared = (others - direction.overlapping) * information(row.to_each, config)
         shared = direction.sum_by_kind(direction.counts * information(given, config))
         entropy += float((of_true_pairs(row, numbers, config) + unshared + shared)[direction.of_rows].mean())
-    given = [
+    all_rows = [
         Rows(*(getattr(row, entry.name)[direction.of_rows] for entry in fields(Rows)))
         for row, direction in zip(rows, directions, strict=True)
     ]
@@ -216,7 +216,7 @@ def _by_subsets(classes: SetClasses, mates: Mates, config: LossConfig) -> Target
     return _assemble(
         classes,
         mates,
-        given,
+        all_rows,
         own_similarity,
         mate_similarity,
         expand(overlaps, similarity) if similarity is not None and bool(gives) else None,
@@ -278,7 +278,7 @@ def _assemble(
     own_similarity: Tensor | None,
     mate_similarity: Tensor | None,
     expansion: Expansion | None,
-    tiles: SoftTiles | None,
+    tiles: InTiles | None,
     total: Tensor,
     entropy: float,
     similar: Tensor,
@@ -315,7 +315,10 @@ def _assemble(
         bool(constants),
         entropy,
         float((given[0].true.mean() + given[1].true.mean()) / 2),
-        *(float(count) / max(1, size * size - int(mates.numbers.sum())) for count in (similar, _equal(classes, mates))),
+        *(
+            float(count) / max(1, size * size - int(mates.numbers.sum()))
+            for count in (similar, count_equal(classes, mates))
+        ),
     )
 
 
@@ -330,7 +333,7 @@ def of_true_pairs(row: Rows, numbers: Tensor, config: LossConfig) -> Tensor:
     return numbers * information(row.true / numbers, config)
 
 
-def _equal(classes: SetClasses, mates: Mates) -> Tensor:
+def count_equal(classes: SetClasses, mates: Mates) -> Tensor:
     """Returns how many pairs, true ones apart, have equal objects, at least one."""
     num = len(classes)
     images, texts = (torch.bincount(of, minlength=num) for of in (classes.of_images, classes.of_texts))

@@ -55,7 +55,11 @@ class ExpIou:
 
     def from_iou(self, iou: Tensor) -> Tensor:
         """Returns f of (weighted) IoUs, which it overwrites; exactly 0 of 0."""
-        return iou.div_(self.temperature).expm1_().mul_(self.floor)
+        if self.temperature > 1 / 80:
+            return iou.div_(self.temperature).expm1_().mul_(self.floor)
+        # exp(80) is near fp32's end; the floor, under 2e-35, is not worth taking off.
+        shared = iou > 0
+        return iou.sub_(1).div_(self.temperature).exp_().mul_(shared)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ block, F frequent ids.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -233,6 +234,19 @@ def sum_others(
     return Sums(*gather_rows(of_images.T.contiguous(), layout).T), Sums(*add_over_ranks(of_texts))
 
 
+class InTiles(Protocol):
+    """What rows give to others, made with each block of logits."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the blocks."""
+        ...
+
+    def block(self, rows: slice, columns: slice) -> Tensor:
+        """Returns (R, C) of W, 0 for own pairs, which may be overwritten, and is by the next call."""
+        ...
+
+
 @dataclass(frozen=True)
 class SoftTiles:
     """What rows give to others by similarity, of both directions, block by block."""
@@ -243,6 +257,11 @@ class SoftTiles:
     """(B,) half of what each image gives per similarity"""
     text_shares: Tensor
     """(N,)"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the blocks."""
+        return self.image_shares.dtype
 
     def block(self, rows: slice, columns: slice) -> Tensor:
         """Returns (R, C) of W, 0 for true pairs, in memory that the next call overwrites."""
