@@ -13,8 +13,8 @@ True pairs are kept out of the sums, because 1 − p_ii of a model that is nearl
 the others. In bf16, rounding P would be as large as the gradient where P ≈ W. So the diagonal of P − W is made before a
 block is rounded, and what rounding took is given back (`blocks.Products`).
 
-Each rank makes the blocks of its images with all texts. Letters: B images and texts of this rank, N over all ranks, D
-width.
+On GPUs Triton makes these passes (`kernels`). Each rank makes the blocks of its images with all texts. Letters: B images
+and texts of this rank, N over all ranks, D width.
 """
 
 from dataclasses import dataclass
@@ -202,6 +202,9 @@ def _shifted_sums(
     images: Tensor, all_texts: Tensor, scale: Tensor, shift: Tensor, first_pair: int, tiles: InTiles | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns Σ exp(z − c) over the others of rows and columns, the true pairs' z, and Σ W z of tiles: float64."""
+    if (kernels := _kernels(images)) is not None:
+        sums = kernels.shifted_sums(images, all_texts, scale, shift, first_pair)
+        return *sums, _with_tiles(images, all_texts, scale, tiles)
     row_sums, column_sums = _empty_sums(images, all_texts, 0.0)
     true, in_tiles = torch.empty_like(row_sums), row_sums.new_zeros(())
     for rows, columns, block in logit_blocks(images, all_texts, scale):
@@ -218,6 +221,8 @@ def _shifted_sums(
 
 def _running_sums(images: Tensor, all_texts: Tensor, scale: Tensor, first_pair: int) -> tuple[Tensor, Tensor]:
     """Returns log Σ exp(z) over the others of rows and columns, float64."""
+    if (kernels := _kernels(images)) is not None:
+        return kernels.running_sums(images, all_texts, scale, first_pair)
     row_sums, column_sums = _empty_sums(images, all_texts, -torch.inf)
     for rows, columns, block in logit_blocks(images, all_texts, scale):
         true_in(block, rows, columns, first_pair)[0].fill_(-torch.inf)
@@ -242,6 +247,11 @@ def _products(
 
     `partners`: (N, D) all images, where M is to be rounded to their dtype; else None.
     """
+    if (kernels := _kernels(images)) is not None:
+        soft = None if tiles is None else tiles.block
+        return kernels.products(
+            images, all_texts, scale, rows_lse, columns_lse, shift, diagonal, first_pair, partners, soft
+        )
     dtype = scale.dtype
     if shift is not None:  # exp(z − lse) = exp(z − c) · exp(c − lse)
         of_rows, of_columns = ((shift - lse).exp().to(dtype) / 2 for lse in (rows_lse, columns_lse))
@@ -267,6 +277,24 @@ def _products(
     return products.finish()
 
 
+def _kernels(features: Tensor) -> Any:
+    """Returns the module of GPU kernels where it is for such features, else None: then blocks of PyTorch do the work."""
+    if not features.is_cuda:
+        return None
+    from pretrain.losses import kernels  # needs Triton, which CPU builds of torch do not bring
+
+    return kernels if kernels.fit(features) else None
+
+
+def _with_tiles(images: Tensor, all_texts: Tensor, scale: Tensor, tiles: InTiles | None) -> Tensor:
+    """Returns Σ W z of tiles, float64: one product more, which only targets in tiles cost."""
+    total = torch.zeros((), dtype=torch.float64, device=images.device)
+    if tiles is not None:
+        for rows, columns, block in logit_blocks(images, all_texts, scale):
+            total += dot(tiles.block(rows, columns), block)
+    return total
+
+
 def _empty_sums(images: Tensor, all_texts: Tensor, value: float) -> tuple[Tensor, Tensor]:
     rows, columns = (torch.full((len(x),), value, dtype=torch.float64, device=x.device) for x in (images, all_texts))
     return rows, columns
@@ -274,6 +302,5 @@ def _empty_sums(images: Tensor, all_texts: Tensor, value: float) -> tuple[Tensor
 
 def _longest(features: Tensor) -> Tensor:
     """Returns the largest norm of (N, D) rows, float64."""
-    return (
-        torch.linalg.vector_norm(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1).max().double()
-    )
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return torch.linalg.vector_norm(features, dim=1, dtype=dtype).max().double()
