@@ -17,7 +17,7 @@ import tyro
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from data_prep import cards
+from data_prep import cards, llm_report
 from data_prep.cards import Place
 from data_prep.output import REPORT_PAGE
 from setclip import plots, report
@@ -71,8 +71,12 @@ class Measured:
 
 
 def write_report(folder: Path, manifest: Manifest) -> None:
-    """Writes `folder`/report.html. Shards and objects.parquet must be there; the manifest need not be saved yet."""
+    """Writes `folder`/report.html, and llm.html where a language model was asked.
+
+    Shards and objects.parquet must be there; the manifest need not be saved yet.
+    """
     report.write_page(folder / REPORT_PAGE, compose(folder, manifest))
+    llm_report.write(folder, manifest)
 
 
 def compose(folder: Path, manifest: Manifest) -> report.Page:
@@ -81,6 +85,7 @@ def compose(folder: Path, manifest: Manifest) -> report.Page:
     measured = measure(folder, chosen)
     parsers = sorted(manifest.parsers.keys() | measured.objects.keys())[:_MOST_PARSERS]
     tables = cards.object_tables(folder, parsers)
+    answers = llm_report.summary(folder)
     opening = [report.key_figures(key_figures(manifest, tables))]
     if manifest.warnings:
         opening.append(report.caveats("Warnings", _shortened(manifest.warnings)))
@@ -94,6 +99,7 @@ def compose(folder: Path, manifest: Manifest) -> report.Page:
             samples_section(folder, manifest, tables),
             sizes_section(manifest, measured),
             objects_section(folder, manifest, parsers, tables),
+            *([answers] if answers is not None else []),
             settings_section(manifest),
         ],
         credits=[*manifest.credits, "This file loads nothing from anywhere; it can be kept and sent as it is."],

@@ -9,7 +9,6 @@ it was. Several jobs share the work with `--part I --parts N` (a Slurm array set
 `python -m data_prep.merge OUT` makes one folder of it, with the same bytes as one job.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from data_prep import near, output
 from data_prep.merge import merge_units
 from data_prep.pack import PackRules, UnitReport, pack_unit
 from data_prep.parallel import run_tasks
+from data_prep.parts import part_of
 from data_prep.plan import Plan, PrepareConfig
 from data_prep.sources import coco, corpora, cub, flickr30k, folder, parquet, scenes, tars
 from data_prep.tally import Tally
@@ -64,7 +64,7 @@ def prepare(source: str, config: PrepareConfig) -> Manifest | None:
 
     Returns the manifest, or None where this is one of several parts: their merge is another command.
     """
-    part, parts = _part_of(config)
+    part, parts = part_of(config.part, config.parts)
     near.check_folders(config.decontaminate)
     plan = look_up(SOURCES, source, "source").plan(config)
     if len({unit.name for unit in plan.units}) != len(plan.units):
@@ -151,31 +151,6 @@ def _pack(plan: Plan, config: PrepareConfig, part: int, parts: int, digest: str,
             with replacing(folder) as temporary:
                 pictures = fill(temporary)
             say(f"{name}: {pictures:,} held-out pictures in class folders")
-
-
-def _part_of(config: PrepareConfig) -> tuple[int, int]:
-    """Returns (number of this job, number of jobs), from the flags or else from Slurm's array variables."""
-    if config.part is not None or config.parts is not None:
-        part, parts = config.part, config.parts
-        if part is None or parts is None or not 0 <= part < parts:
-            raise InputError(
-                f"expected --part I and --parts N together, with I from 0 to N - 1, found part {part} and parts {parts}"
-            )
-        return part, parts
-    if "SLURM_ARRAY_TASK_COUNT" not in os.environ:
-        return 0, 1
-    number, first, step, count = (
-        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
-        for name, default in (("ID", ""), ("MIN", "0"), ("STEP", "1"), ("COUNT", ""))
-    )
-    part = (number - first) // step
-    if not 0 <= part < count:
-        raise InputError(
-            f"expected the elements of the job array to be evenly spaced, found element {number} of {count} from {first} in "
-            f"steps of {step}; submit a plain range such as --array=0-{count - 1}, or give --part and --parts"
-        )
-    say(f"part {part} of {count}, from Slurm's job array")
-    return part, count
 
 
 def main() -> None:

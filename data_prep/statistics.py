@@ -1,6 +1,6 @@
 """Counts the objects of shards into objects.parquet: how many captions name each, its rank, and the tail.
 
-    python -m data_prep.statistics DIR [--split train]
+    python -m data_prep.statistics DIR [--split train] [--objects pos]
 
 Run by `data_prep.run` at its end, and again by hand after shards were parsed anew. Counts are of the training split,
 because that is what a model sees; where there is no split "train", of all samples.
@@ -8,17 +8,19 @@ because that is what a model sees; where there is no split "train", of all sampl
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import tyro
 
 from setclip.config import command, parse
 from setclip.errors import InputError
 from setclip.log import progress, say
 from setclip.manifest import Manifest, check_shards
-from setclip.objects import OBJECTS_NAME, ObjectTable, num_tail_objects, write_objects
+from setclip.objects import OBJECTS_NAME, ObjectTable, num_tail_objects, read_objects, write_objects
 from setclip.shards import Shard, ShardInfo
 
 
@@ -30,6 +32,8 @@ class StatisticsConfig:
     """Folder with shards and manifest.json."""
     split: str | None = None
     """Split to count; by default "train" where there is one, otherwise all."""
+    objects: Literal["pos", "llm"] | None = None
+    """Count those of this parser only; the rows of others stay as they are. By default all are counted."""
 
 
 _COUNTS = pa.schema([("name", pa.string()), ("count", pa.int64())])
@@ -95,12 +99,35 @@ def count_objects(folder: Path, shards: list[ShardInfo]) -> dict[str, ObjectCoun
     return found
 
 
-def write_statistics(folder: Path, shards: list[ShardInfo]) -> dict[str, ObjectCounts]:
-    """Counts and writes `folder`/objects.parquet; returns the counts by parser. Raises InputError on equal ids."""
+def write_statistics(folder: Path, shards: list[ShardInfo], parser: str | None = None) -> dict[str, ObjectCounts]:
+    """Counts and writes `folder`/objects.parquet; returns the counts by parser.
+
+    With `parser` only its objects are counted, and what the file has of others stays. Raises InputError on equal ids, and
+    where the shards have no objects of `parser`.
+    """
     found = count_objects(folder, shards)
-    tables = [ObjectTable.from_counts(total.counts, parser, total.captions) for parser, total in sorted(found.items())]
-    write_objects(folder / OBJECTS_NAME, tables)
+    kept: dict[str, ObjectTable] = {}
+    if parser is not None:
+        if parser not in found:
+            by = "parse_llm" if parser == "llm" else "parse"
+            raise InputError(
+                f"expected objects of parser {parser!r} in {folder}, found those of {sorted(found) or 'none'}; parse its "
+                f"captions with `python -m data_prep.{by} {folder}`, or count those that are there"
+            )
+        others = known_parsers(folder) - {parser}
+        kept = {other: read_objects(folder, other) for other in others}
+        found = {parser: found[parser]}
+    counted = {name: ObjectTable.from_counts(total.counts, name, total.captions) for name, total in found.items()}
+    write_objects(folder / OBJECTS_NAME, [table for _, table in sorted({**kept, **counted}.items())])
     return found
+
+
+def known_parsers(folder: Path) -> set[str]:
+    """Returns the parsers whose objects `folder`/objects.parquet holds."""
+    path = folder / OBJECTS_NAME
+    return (
+        set(pq.read_table(path, columns=["parser"]).column("parser").unique().to_pylist()) if path.exists() else set()
+    )
 
 
 def counted_shards(shards: list[ShardInfo], split: str | None = None) -> list[ShardInfo]:
@@ -129,7 +156,7 @@ def main() -> None:
     manifest = Manifest.load(config.folder)
     shards = counted_shards(manifest.shards, config.split)
     check_shards(config.folder, shards)
-    for parser, total in write_statistics(config.folder, shards).items():
+    for parser, total in write_statistics(config.folder, shards, config.objects).items():
         say(describe(parser, total))
     report.write_report(config.folder, manifest)
     say(f"written: {config.folder / OBJECTS_NAME} and {config.folder / report.REPORT_PAGE}")

@@ -18,7 +18,7 @@ from setclip.shards import Shard, ShardInfo
 
 MANIFEST_NAME = "manifest.json"
 WORK_NAME = ".parts"  # of the folder where a preparation keeps what is done until its merge
-PARSING_NAME = ".parsing"  # of the folder that stands in for the manifest while data_prep.parse rewrites the shards
+PARSING_NAME = ".parsing"  # of the folder that stands in for the manifest while data_prep.rewrite gives the samples other objects
 FORMAT_VERSION = 2
 
 
@@ -92,7 +92,7 @@ class Manifest:
             elif (folder / PARSING_NAME).exists():
                 raise InputError(
                     f"expected shards with a manifest at {path}, found an unfinished parse; start it again: "
-                    f"`python -m data_prep.parse {folder}`"
+                    f"`{_parsing_command(folder)}`"
                 )
             elif (folder / WORK_NAME).exists():
                 raise InputError(
@@ -187,3 +187,10 @@ def open_split(
     infos = manifest.of_split(split)
     check_shards(folder, infos)
     return split, [Shard(Path(folder) / info.name) for info in infos]
+
+
+def _parsing_command(folder: Path) -> str:
+    """Returns what goes on with an unfinished parse, as it wrote that down (`data_prep.rewrite`)."""
+    path = folder / PARSING_NAME / "begun.json"
+    begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return begun.get("command", f"python -m data_prep.parse {folder}")
