@@ -31,8 +31,6 @@ class DataConfig:
     """Folder with manifest.json; without it, the dataset of the recipe under $SETCLIP_DATA (default data/)."""
     split: str = "train"
     """Of the manifest's splits."""
-    parser: Literal["pos", "llm"] = "pos"
-    """Whose object lists the loss uses."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     num_lanes: int = 256
     """Lanes of the data order; the number of ranks must divide it."""
@@ -70,6 +68,8 @@ class PretrainConfig:
     """Remove the run in the run folder and start anew."""
     dataset: str | None = None
     """Dataset by name under $SETCLIP_DATA, where --data.shards is not given."""
+    objects: Literal["pos", "llm"] = "pos"
+    """Whose object lists the loss uses: the part-of-speech parser's or the language model's."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -77,7 +77,7 @@ class PretrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     global_batch_size: int = 4096
-    """Pairs a step over all ranks."""
+    """Pairs a step over all ranks and micro-batches: each is a negative of all others."""
     epochs: float = 32.0
     """Passes over the data; --steps overrides it."""
     steps: int | None = None
@@ -113,15 +113,23 @@ class PretrainConfig:
         return steps
 
 
-def local_batch_size(global_batch_size: int, world_size: int) -> int:
-    """Returns the pairs a rank. Raises InputError with the nearest sizes that divide."""
+def local_batch_size(global_batch_size: int, world_size: int, accumulation: int = 1) -> int:
+    """Returns the pairs a rank. Raises InputError with the nearest numbers where ranks or micro-batches do not divide."""
     if global_batch_size % world_size:
         below = global_batch_size // world_size * world_size
         near = " or ".join(str(size) for size in (below, below + world_size) if size)
         raise InputError(
             f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks; nearest: {near}"
         )
-    return global_batch_size // world_size
+    local = global_batch_size // world_size
+    if local % accumulation:
+        divisors = [n for n in range(1, local + 1) if local % n == 0]
+        nearest = [max(n for n in divisors if n < accumulation), *[n for n in divisors if n > accumulation][:1]]
+        raise InputError(
+            f"{local} pairs a rank cannot be cut into {accumulation} equal micro-batches; nearest: --engine.accumulation "
+            f"{' or '.join(map(str, nearest))}"
+        )
+    return local
 
 
 def tiny() -> PretrainConfig:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pretrain.feature_cache import FeatureCache, Features
 from pretrain.optim import OptimConfig, parameter_groups
 from setclip.distributed import World
 from setclip.errors import InputError
@@ -36,8 +37,12 @@ class EngineConfig:
     """Of weights and activations while computing; master weights and AdamW's moments are fp32 always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
+    accumulation: int = 1
+    """Micro-batches in which a rank encodes its pairs of a step, to save memory; they are one batch to the loss."""
 
     def __post_init__(self) -> None:
+        if self.accumulation < 1:
+            raise ValueError(f"accumulation must be at least 1, found {self.accumulation}")
         if self.precision == "bf16" and self.zero_stage == 0:
             # At stage 0 DeepSpeed's bf16 optimizer runs a real step while it is built.
             raise ValueError("precision bf16 needs --engine.zero-stage 1, 2 or 3; found 0")
@@ -56,6 +61,9 @@ class Engine:
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it even of a single process
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
         self.model = model.to(world.device)
+        if getattr(model, "logit_bias", None) is not None:
+            model.register_forward_hook(_with_own_bias)
+        self._cache: FeatureCache | None = None
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, optim.weight_decay),
             lr=optim.lr,
@@ -87,22 +95,38 @@ class Engine:
         """The dtype in which the towers compute."""
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns image features (B, D), text features (B, D), unit norm, and the capped exp(logit_scale), shape [1]."""
-        output: Any = self.deepspeed(images.to(self.dtype), tokens)
-        return output[0], output[1], _Capped.apply(output[2], self.optim.max_logit_scale)
+    def forward(self, images: Tensor, tokens: Tensor) -> Features:
+        """Returns the features of B pairs, with exp(logit_scale) capped. `step` takes a loss that is made of them."""
+        images = images.to(self.dtype)
+        if self.config.accumulation == 1:
+            return self._encode(images, tokens)
+        self._cache = FeatureCache(self._encode, self.model, images, tokens, self.config.accumulation)
+        return self._cache.features
 
     def step(self, loss: Tensor, lr: float) -> float:
         """Averages the gradients of `loss` over ranks, clips, steps at `lr`; returns the gradient's norm before clipping."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        self.deepspeed.backward(loss)
+        if self._cache is None:
+            self.deepspeed.backward(loss)
+        else:
+            self._cache.backward(loss, self._backward_part)
+            self._cache = None
         if self.config.zero_stage == 0:  # there DeepSpeed clips without keeping the norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             self.deepspeed.step()
             return float(norm)
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm())
+
+    def _encode(self, images: Tensor, tokens: Tensor) -> Features:
+        output: Any = self.deepspeed(images, tokens)
+        return Features(output[0], output[1], _Capped.apply(output[2], self.optim.max_logit_scale), *output[3:])
+
+    def _backward_part(self, loss: Tensor, is_last: bool) -> None:
+        # DeepSpeed knows of one micro-batch a step, or it would divide by their number; it is told where a step ends.
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        self.deepspeed.backward(loss)
 
     def train(self, mode: bool = True) -> None:
         """Switches dropout and batch norm."""
@@ -111,6 +135,11 @@ class Engine:
     def close(self) -> None:
         """Frees what DeepSpeed holds."""
         self.deepspeed.destroy()
+
+
+def _with_own_bias(model: torch.nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copies the bias, which open_clip hands out as it is: ZeRO 3 takes parameters away after the forward pass."""
+    return *output[:3], output[3].clone()
 
 
 class _Capped(torch.autograd.Function):

@@ -28,7 +28,7 @@ class OptimConfig:
     clip_grad_norm: float = 1.0
     """Largest L2 norm of the gradient over all parameters; 0 turns clipping off."""
     max_logit_scale: float = 100.0
-    """exp(logit_scale) is capped at this (CLIP)."""
+    """exp(logit_scale) is capped at this (CLIP; open_clip does so for siglip too, SigLIP itself states no cap)."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

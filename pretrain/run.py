@@ -11,6 +11,7 @@ values between the two. The run folder holds config.yaml, metrics.jsonl and chec
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from pretrain.data_order import DataOrder, automatic_block_size
 from pretrain.engine import Engine
 from pretrain.evaluate import Evaluator
 from pretrain.loader import Loader, SamplePipeline, automatic_workers, to_device
-from pretrain.losses import contrastive_loss
+from pretrain.losses import BatchSets, Moment, ObjectWeights, contrastive_loss, prepare_targets
 from pretrain.optim import learning_rate
 from pretrain.progress import RunLog
 from pretrain.resume import TrainState, read_state, write_state
+from pretrain.side_stream import SideStream
 from pretrain.state import gather_moments, gather_weights, restore
 from setclip import config as configuration
 from setclip import distributed
@@ -37,11 +39,21 @@ from setclip.hashing import hash_u64
 from setclip.images import MEAN, STD, Augment, normalize
 from setclip.log import duration, say
 from setclip.manifest import Manifest, check_shards
-from setclip.models.clip import build_clip, image_size_of, load_weights, model_config, tokenizer_for
+from setclip.models.clip import (
+    build_clip,
+    fit_bias,
+    image_size_of,
+    load_weights,
+    model_config,
+    tokenizer_for,
+    with_bias,
+)
+from setclip.objects import ObjectTable, read_objects
 from setclip.provenance import describe
 from setclip.shards import Shard, ShardInfo
 
-_STEP = 3  # keeps the draws of a step's dropout apart from those of the data
+_DROPOUT, _TARGETS = 3, 4  # keep the draws of a step apart from each other and from those of the data
+_PARSED_BY = {"pos": "data_prep.parse", "llm": "data_prep.parse_llm"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,10 @@ class Plan:
     local_batch_size: int
     total_steps: int
     model_cfg: dict[str, Any]
+    parser: str | None
+    """Whose objects are read; None where the shards have none and the loss needs none"""
+    object_table: ObjectTable | None
+    """What object weights are made from; None where the loss uses none"""
     resume_from: Path | None
 
     @property
@@ -72,11 +88,16 @@ def make_plan(recipe: str, config: PretrainConfig, world: World) -> Plan:
     manifest = Manifest.load(folder)
     shards = manifest.of_split(config.data.split)
     check_shards(folder, shards)
-    if config.loss.name == "object_iou" and config.data.parser not in manifest.parsers:
+    target = config.loss.find_target()
+    is_parsed = config.objects in manifest.parsers
+    if target.similarity is not None and not is_parsed:
         raise InputError(
-            f"the loss object_iou needs parsed objects: expected those of {config.data.parser!r} in {folder}, found "
-            f"{sorted(manifest.parsers) or 'none'}; prepare the shards with that parser, or choose --loss.name hard"
+            f"the loss {config.loss.full_name} needs parsed objects: expected those of {config.objects!r} in {folder}, found "
+            f"{sorted(manifest.parsers) or 'none'}; make them with `python -m {_PARSED_BY[config.objects]} {folder}`, choose "
+            "others with --objects, or a loss without objects: --loss.name hard"
         )
+    is_weighted = config.loss.weights == "frequency" and "weights" in target.uses
+    object_table = read_objects(folder, config.objects) if is_weighted else None
     sizes = tuple(shard.samples for shard in shards)
     block_size = config.data.block_size or automatic_block_size(sum(sizes), config.data.num_lanes)
     order = DataOrder(sizes, config.seed, config.data.num_lanes, block_size, config.data.window_blocks)
@@ -97,9 +118,11 @@ def make_plan(recipe: str, config: PretrainConfig, world: World) -> Plan:
         manifest,
         shards,
         order,
-        local_batch_size(config.global_batch_size, world.size),
+        local_batch_size(config.global_batch_size, world.size, config.engine.accumulation),
         config.total_steps(order.num_samples),
-        model_config(config.model.name),
+        with_bias(model_config(config.model.name), config.loss.name == "siglip"),
+        config.objects if is_parsed else None,
+        object_table,
         found[-1] if config.resume else None,
     )
 
@@ -118,8 +141,14 @@ def train(recipe: str, config: PretrainConfig) -> Path:
     model = build_clip(plan.model_cfg)
     if weights is not None:
         load_weights(model, weights, str(plan.resume_from))
-    elif config.model.pretrained:
-        load_weights(model, load_initial_weights(config.model.pretrained, config.model.name), config.model.pretrained)
+    elif (start := config.model.pretrained) is not None:
+        initial, remark = fit_bias(load_initial_weights(start, config.model.name), model, start)
+        load_weights(model, initial, start)
+        if remark:
+            say(f"note: {remark}")
+        scale, cap = float(initial["logit_scale"].exp()), config.optim.max_logit_scale
+        if scale > 1.0001 * cap:
+            say(f"note: the scale {scale:g} of {start} is capped at {cap:g} (--optim.max-logit-scale)")
     _announce(recipe, config, plan, model, state, world)
     engine = Engine(model, config.engine, config.optim, plan.local_batch_size, world)
     if weights is not None:
@@ -129,7 +158,7 @@ def train(recipe: str, config: PretrainConfig) -> Path:
         [Shard(plan.folder / shard.name) for shard in plan.shards],
         Augment(config.data.augment, image_size_of(model)),
         tokenizer_for(plan.model_cfg),
-        config.data.parser,
+        plan.parser,
         config.seed,
     )
     workers = automatic_workers(world.size) if config.data.workers is None else config.data.workers
@@ -150,6 +179,11 @@ def train(recipe: str, config: PretrainConfig) -> Path:
     log = RunLog(plan.out / "metrics.jsonl", plan.total_samples, state.samples_seen, state.step)
     distributed.broadcast(None)  # the other ranks wait for the folder
 
+    table = plan.object_table
+    object_weights = None if table is None else ObjectWeights.of(table).to(world.device)
+    beside = SideStream(world.device)
+    logged = ["loss", "kl", "true_pair_mass", *(["similar_pairs", "equal_pairs"] if plan.parser else [])]
+
     # The loop.
     step, samples_seen = state.step, state.samples_seen
     checkpoint = plan.resume_from
@@ -159,34 +193,36 @@ def train(recipe: str, config: PretrainConfig) -> Path:
         with log.timed("data"):
             batch = next(batches)
         with log.timed("step"):
-            torch.manual_seed(int(hash_u64(_STEP, config.seed, step, world.rank) >> 1))  # dropout resumes exactly
+            torch.manual_seed(_draw(_DROPOUT, config.seed, step, world.rank))  # dropout resumes exactly
             data = to_device(batch, world.device)
             images = normalize(data["images"], MEAN, STD)
-            image_features, text_features, logit_scale = engine.forward(images, data["tokens"])
+            sets = BatchSets(data["image_objects"], data["text_objects"], data["text_ids"])
+            beside.begin()
+            features = engine.forward(images, data["tokens"])
+            prepared = beside.run(partial(prepare_targets, sets, config.loss, object_weights))
             output = contrastive_loss(
-                image_features, text_features, logit_scale, data["image_objects"], data["text_objects"], config.loss
+                features.images,
+                features.texts,
+                features.logit_scale,
+                sets,
+                config.loss,
+                logit_bias=features.logit_bias,
+                moment=Moment(samples_seen / plan.total_samples, _draw(_TARGETS, config.seed, step)),
+                prepared=prepared,
             )
             lr = learning_rate(config.optim, samples_seen, plan.total_samples)
             grad_norm = engine.step(output.loss, lr)
             step += 1
             samples_seen += config.global_batch_size
-            figures = (output.loss, output.kl, output.true_pair_mass, output.similar_pairs, output.equal_pairs)
-            loss, kl, mass, similar, equal = distributed.mean_over_ranks(torch.stack(figures)).tolist()
-        if not math.isfinite(loss):
+            means = distributed.mean_over_ranks(torch.stack([getattr(output, name) for name in logged])).tolist()
+        figures = dict(zip(logged, means, strict=True))
+        if not math.isfinite(figures["loss"]):
             raise FloatingPointError(
-                f"loss {loss} at step {step}, samples {batch.keys[:3]}…; lower --optim.lr and resume"
+                f"loss {figures['loss']} at step {step}, samples {batch.keys[:3]}…; lower --optim.lr and resume"
             )
         if batch.skips:
             log.skipped(world.rank, step, batch.skips)
-        log.add(
-            config.global_batch_size,
-            loss=loss,
-            kl=kl,
-            true_pair_mass=mass,
-            similar_pairs=similar,
-            equal_pairs=equal,
-            grad_norm=grad_norm,
-        )
+        log.add(config.global_batch_size, **figures, grad_norm=grad_norm)
 
         last = step == plan.total_steps
         if step % config.log_every_steps == 0 or last:
@@ -196,7 +232,8 @@ def train(recipe: str, config: PretrainConfig) -> Path:
                 samples_seen=samples_seen,
                 epoch=samples_seen / plan.order.num_samples,
                 lr=lr,
-                logit_scale=float(logit_scale.detach()),
+                logit_scale=float(features.logit_scale.detach()),
+                **({} if features.logit_bias is None else {"logit_bias": float(features.logit_bias.detach())}),
                 bad_samples=bad,
             )
         if evaluator.wanted(step, last):
@@ -214,14 +251,19 @@ def train(recipe: str, config: PretrainConfig) -> Path:
     return checkpoint
 
 
+def _draw(*words: int) -> int:
+    """Returns a seed, 63 bits, that depends on the words only."""
+    return int(hash_u64(*words) >> 1)
+
+
 def _course(config: PretrainConfig, plan: Plan) -> dict[str, Any]:
-    """Returns the settings that fix the course of a run; the others (ranks, workers, ZeRO stage, logging) are free."""
+    """Returns the settings that fix the course of a run; the others (ranks, micro-batches, logging, …) are free."""
     tree = configuration.to_dict(config)
     return {
         "model": plan.model_cfg,
         "data": plan.manifest.identity()["digest"],
         "split": config.data.split,
-        "parser": config.data.parser,
+        "objects": config.objects,
         "augment": tree["data"]["augment"],
         "num_lanes": plan.order.num_lanes,
         "block_size": plan.order.block_size,
@@ -241,22 +283,33 @@ def _announce(
     for name, parameter in model.named_parameters():
         counts["image tower" if name.startswith("visual.") else "text tower"] += parameter.numel()
     present, listed = plan.manifest.pairs_present, plan.manifest.pairs_listed
+    number = config.engine.accumulation
+    cut = f"{plan.local_batch_size}" if number == 1 else f"{number} × {plan.local_batch_size // number}"
     say(f"recipe {recipe}, model {config.model.name} ({', '.join(f'{k} {v / 1e6:.2f} M' for k, v in counts.items())})")
     say(
         f"data {plan.folder}, split {config.data.split!r}: {plan.order.num_samples:,} samples in {len(plan.shards)} shards; "
         f"{present:,} of {listed:,} pairs present"
     )
     say(
-        f"loss {config.loss.name}{'/' + config.loss.target if config.loss.name == 'object_iou' else ''}, "
-        f"{world.size} rank(s) × {plan.local_batch_size} = {config.global_batch_size} pairs a step, {plan.total_steps:,} steps = "
+        f"loss {config.loss.full_name}, {world.size} rank(s) × {cut} = {config.global_batch_size} pairs a step, "
+        f"{plan.total_steps:,} steps = "
         f"{plan.total_samples:,} samples = {plan.total_samples / plan.order.num_samples:.2f} epochs"
     )
     say(
         f"engine DeepSpeed, ZeRO {config.engine.zero_stage}, {config.engine.precision}, {world.device}; run folder {plan.out}"
     )
-    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()) and world.size > 1:
+    for name, value in config.loss.ignored().items():
+        say(f"note: --loss.{name.replace('_', '-')} {value} is not used by {config.loss.full_name}")
+    if plan.parser is None:
+        say(f"note: the shards have no objects of {config.objects!r}: similar_pairs and equal_pairs are not logged")
+    has_bias = model_config(config.model.name).get("init_logit_bias") is not None
+    if has_bias and "init_logit_bias" not in plan.model_cfg:
+        say(f"note: {config.model.name} is built without its logit_bias: only siglip has a use for it")
+    has_batch_norm = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if has_batch_norm and world.size * number > 1:
         say(
-            "note: the model has batch norm, whose statistics are each rank's own: results depend on the number of ranks"
+            f"note: the model has batch norm, whose statistics are those of {plan.local_batch_size // number} pairs at a time: "
+            "results depend on the number of ranks and on --engine.accumulation"
         )
     if state.step:
         say(f"resuming {plan.resume_from} at step {state.step:,}, {state.samples_seen:,} samples seen")

@@ -8,7 +8,7 @@ import torch
 from material import MODEL_CFG, damage_image, write_shards
 
 from pretrain.data_order import DataOrder
-from pretrain.loader import Loader, SamplePipeline
+from pretrain.loader import Loader, SamplePipeline, ids_of_texts, to_device
 from setclip.errors import InputError
 from setclip.images import Augment, AugmentConfig
 from setclip.manifest import open_split
@@ -37,6 +37,7 @@ def merged(parts):
         "keys": [parts[j % size].keys[j // size] for j in range(BATCH)],
         "images": torch.stack([parts[j % size].images[j // size] for j in range(BATCH)]),
         "tokens": torch.stack([parts[j % size].tokens[j // size] for j in range(BATCH)]),
+        "text_ids": torch.stack([parts[j % size].text_ids[j // size] for j in range(BATCH)]),
     }
 
 
@@ -55,6 +56,7 @@ def test_ranks_and_workers_do_not_change_the_batches(folder, world_size, workers
         assert other["keys"] == batch.keys
         assert torch.equal(other["images"], batch.images)
         assert torch.equal(other["tokens"], batch.tokens)
+        assert torch.equal(other["text_ids"], batch.text_ids)
 
 
 def test_each_sample_is_seen_once_an_epoch(folder):
@@ -139,6 +141,32 @@ def test_objects_belong_to_the_caption_that_was_drawn(folder):
     assert min(drawn.values()) > 30, "both captions are drawn"
 
 
+def test_texts_that_the_model_cannot_tell_apart_have_equal_ids():
+    tokenizer = tokenizer_for(MODEL_CFG)
+    long = "a dog and a cat and a car and a tree and a boat and"
+    texts = ["a dog", "A  Dog ", "a dog.", "a cat", f"{long} a house", f"{long} a ball", ""]
+    ids = ids_of_texts(tokenizer(texts)).tolist()
+    assert ids[0] == ids[1]
+    assert ids[4] == ids[5], "they differ behind the last token that fits"
+    assert len(set(ids)) == 5
+    assert len(ids_of_texts(tokenizer([""])[:0])) == 0
+
+
+def test_each_pair_of_a_batch_has_its_texts_id(folder):
+    for batch in take(loader(folder), 3):
+        assert torch.equal(batch.text_ids, ids_of_texts(batch.tokens))
+        assert len(set(batch.text_ids.tolist())) == BATCH, "the captions all differ"
+        assert torch.equal(to_device(batch, torch.device("cpu"))["text_ids"], batch.text_ids)
+
+
+def test_without_a_parser_no_sample_has_objects(folder):
+    _, shards = open_split(folder, "train")
+    order = DataOrder(tuple(map(len, shards)), 0, 8, 4)
+    pipeline = SamplePipeline(shards, Augment(AugmentConfig(), 32), tokenizer_for(MODEL_CFG), None, 0)
+    (batch,) = take(Loader(order, pipeline, BATCH), 1)
+    assert torch.equal(batch.text_objects, torch.full((BATCH, 1), -1))
+
+
 def test_the_number_of_ranks_must_divide_the_lanes(folder):
     with pytest.raises(InputError, match=r"divides the 8 lanes of the data order, found 3; nearest: 2 ranks, or .* 9"):
         loader(folder, world_size=3)
@@ -148,7 +176,7 @@ def test_shards_without_the_parsers_objects_say_so(folder):
     _, shards = open_split(folder, "train")
     order = DataOrder(tuple(map(len, shards)), 0, 8, 4)
     pipeline = SamplePipeline(shards, Augment(AugmentConfig(), 32), tokenizer_for(MODEL_CFG), "llm", 0)
-    with pytest.raises(InputError, match=r"objects of parser 'llm', found \['pos'\]"):
+    with pytest.raises(InputError, match=r"objects of parser 'llm', found \['pos'\]; .*--objects"):
         take(Loader(order, pipeline, BATCH), 1)
 
 

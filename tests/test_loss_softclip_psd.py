@@ -32,16 +32,16 @@ CONFIGS = [
 PROGRESS, SEED = 0.6, 5
 
 
-def hard_pairs(size, config):
-    """psd's pairs with one-hot targets."""
-    return draw_hard(size, hard_share_at(PROGRESS, config.hard_share), SEED).tolist()
+def hard_pairs(counts, config):
+    """psd's pairs with one-hot targets, of ranks that hold `counts` pairs."""
+    return draw_hard(counts, hard_share_at(PROGRESS, config.hard_share), SEED).tolist()
 
 
-def wanted(config, scale, batch, pair=None):
+def wanted(config, scale, batch, pair=None, counts=None):
     """The reference's loss, and gradients by image, text and logarithm of the scale."""
     images, texts = pair or features(size=len(batch[0]))
     theta = torch.tensor([math.log(scale)], dtype=torch.float64, requires_grad=True)
-    loss = reference.loss(images, texts, theta, *batch, config, is_hard=hard_pairs(len(batch[0]), config))
+    loss = reference.loss(images, texts, theta, *batch, config, is_hard=hard_pairs(counts or [len(batch[0])], config))
     return with_gradients(loss, images, texts, theta)
 
 
@@ -166,7 +166,7 @@ def losses_of_rank(names):
     results = []
     for name, config, uneven in rank_cases(names):
         batch, size = BATCHES[name], len(BATCHES[name][0])
-        ends = [*range(world.size), size] if uneven else [size * rank // world.size for rank in range(world.size + 1)]
+        ends = ends_of(size, world.size, uneven)
         mine = slice(ends[world.rank], ends[world.rank + 1])
         images, texts = features(size=size)
         theta = torch.tensor([math.log(30.0)], dtype=torch.float64, requires_grad=True)
@@ -175,6 +175,11 @@ def losses_of_rank(names):
         values = [distributed.mean_over_ranks(value) for value in with_gradients(loss, images, texts, theta)]
         results.append((values, numbers_of(targets)))
     return results
+
+
+def ends_of(size, world_size, uneven):
+    """Where each rank's pairs start and, last, where the last's end."""
+    return [*range(world_size), size] if uneven else [size * rank // world_size for rank in range(world_size + 1)]
 
 
 def numbers_of(targets):
@@ -193,16 +198,22 @@ RANK_BATCHES = ["small sets on both sides", "equal texts", "duplicates with equa
 @pytest.mark.parametrize("world_size", [pytest.param(size, marks=pytest.mark.slow) for size in (2, 4)])
 def test_ranks_together_equal_the_reference(world_size):
     """And all ranks draw the same pairs for psd."""
-    truths = {}
-    for name, config, _ in rank_cases(RANK_BATCHES):
-        batch = BATCHES[name]
-        alone = ours(*features(size=len(batch[0])), torch.tensor(30.0).double(), batch_sets(*batch), config)[1]
-        truths[name, config] = wanted(config, 30.0, batch), numbers_of(alone)
-    for results in on_ranks(world_size, losses_of_rank, RANK_BATCHES):
-        for (name, config, uneven), (values, numbers) in zip(rank_cases(RANK_BATCHES), results, strict=True):
-            truth, alone = truths[name, config]
-            check(values, truth, 1e-12, (name, uneven, config))
-            assert numbers == pytest.approx(alone, rel=1e-12, abs=1e-14)
+    truths = []
+    for name, config, uneven in rank_cases(RANK_BATCHES):
+        ends = ends_of(len(BATCHES[name][0]), world_size, uneven)
+        counts = [after - before for before, after in itertools.pairwise(ends)]
+        truths.append(wanted(config, 30.0, BATCHES[name], counts=counts))
+    everywhere = on_ranks(world_size, losses_of_rank, RANK_BATCHES)
+    for results in everywhere:
+        for case, truth, (values, numbers), (_, first) in zip(
+            rank_cases(RANK_BATCHES), truths, results, everywhere[0], strict=True
+        ):
+            check(values, truth, 1e-12, case)
+            assert numbers == first
+            if case[1].name == "softclip":
+                batch = BATCHES[case[0]]
+                alone = ours(*features(size=len(batch[0])), torch.tensor(30.0).double(), batch_sets(*batch), case[1])[1]
+                assert numbers == pytest.approx(numbers_of(alone), rel=1e-12, abs=1e-14)
 
 
 # --- softclip
@@ -278,7 +289,7 @@ def test_psd_of_two_pairs_is_what_a_hand_computes():
     texts = torch.tensor([[0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)  # cosines: 0.6, 0; 0.8, 1
     config = LossConfig(name="psd", hard_share=(0.5, 0.5), teacher_temperature=1.0)
     layout, sets = agree(BatchSets(torch.full((2, 1), -1), torch.full((2, 1), -1)))
-    seed = next(seed for seed in range(20) if draw_hard(2, 0.5, seed)[0])
+    seed = next(seed for seed in range(20) if draw_hard([2], 0.5, seed)[0])
     one_hot = make_targets(sets, config, layout, None, torch.float64)
     targets = distil(one_hot, images, texts, config, layout, 0.3, seed)
     loss = blockwise_loss(images, texts, torch.tensor(1.0).double(), targets, layout)
@@ -311,7 +322,7 @@ def test_the_mass_on_true_pairs_counts_pairs_with_an_equal_text():
     config = LossConfig(name="psd", hard_share=(0.4, 0.4), teacher_temperature=0.3)
     targets = ours(images, texts, torch.tensor(5.0).double(), batch_sets(*batch), config)[1]
     text_ids = torch.tensor(batch[2])
-    is_true, is_hard = text_ids == text_ids[:, None], torch.tensor(hard_pairs(12, config))
+    is_true, is_hard = text_ids == text_ids[:, None], torch.tensor(hard_pairs([12], config))
     s = (images @ texts.T).detach() / 0.3
     masses, entropies = [], []
     for teacher in (s.T.softmax(1), s.softmax(1)):
@@ -337,14 +348,21 @@ def test_the_share_of_hard_pairs_follows_a_cosine():
         hard_share_at(1.5, (1.0, 0.2))
 
 
+def test_the_same_pairs_of_the_data_are_hard_on_any_number_of_ranks():
+    alone = draw_hard([12], 0.4, 3)
+    for ranks in (2, 3, 4):
+        drawn = draw_hard([12 // ranks] * ranks, 0.4, 3)
+        assert torch.equal(drawn.view(ranks, -1).T.reshape(-1), alone)
+
+
 def test_hard_pairs_are_drawn_in_their_exact_number_and_anew_with_each_seed():
-    drawn = [draw_hard(10, 0.34, seed) for seed in range(400)]
+    drawn = [draw_hard([10], 0.34, seed) for seed in range(400)]
     assert {int(hard.sum()) for hard in drawn} == {3}
-    assert torch.equal(drawn[7], draw_hard(10, 0.34, 7))
+    assert torch.equal(drawn[7], draw_hard([10], 0.34, 7))
     often = Counter(place for hard in drawn for place in hard.nonzero()[:, 0].tolist())
     assert len(often) == 10
     assert all(80 <= count <= 160 for count in often.values())  # 120 expected, deviation 9.2
-    assert [int(draw_hard(5, share, 0).sum()) for share in (0.0, 1.0)] == [0, 5]
+    assert [int(draw_hard([5], share, 0).sum()) for share in (0.0, 1.0)] == [0, 5]
 
 
 # --- both

@@ -2,24 +2,31 @@
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
-from material import damage_image, write_model, write_shards
+from material import NOUNS, damage_image, write_model, write_shards
 from ranks import on_ranks
 from safetensors.torch import load_file
 
-from pretrain.config import RECIPES, PretrainConfig, local_batch_size, tiny
+from pretrain.config import RECIPES, EvalConfig, PretrainConfig, local_batch_size, tiny
+from pretrain.losses import LOSSES, LossConfig
 from pretrain.optim import OptimConfig, learning_rate, parameter_groups
 from pretrain.progress import read_metrics, skip_list
 from pretrain.run import train
+from setclip.checkpoint import load_model
 from setclip.errors import InputError
 from setclip.images import AugmentConfig
-from setclip.models.clip import build_clip, model_config
+from setclip.manifest import Manifest
+from setclip.models.clip import build_clip, model_config, with_bias
+from setclip.objects import ObjectTable, write_objects
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +102,10 @@ def test_a_resume_in_mid_epoch_is_bit_identical(place, undisturbed):
     assert losses_of(place / "stopped") == losses_of(place / "undisturbed"), "and the log has each step once"
 
 
-def train_on_rank(config):
+def train_on_rank(*configs):
     torch.set_num_threads(1)
-    return str(train("tiny", config))
+    for config in configs:
+        train("tiny", config)
 
 
 def test_two_ranks_give_the_curve_of_one_and_resume_its_checkpoint(place, undisturbed):
@@ -151,6 +159,173 @@ def test_training_starts_from_a_checkpoint(place, undisturbed, tmp_path):
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
+def test_micro_batches_do_not_change_the_curve_and_may_change_at_a_resume(place, undisturbed):
+    engine = dataclasses.replace(tiny().engine, device="cpu", accumulation=4)
+    run(config_of(place, "cut", engine=engine))
+    assert losses_of(place / "cut") == pytest.approx(losses_of(place / "undisturbed"), abs=5e-6)
+    shutil.rmtree(place / "cut" / "checkpoints" / "step-00000010")
+    run(config_of(place, "cut", overwrite=False, resume=True))
+    assert losses_of(place / "cut") == pytest.approx(losses_of(place / "undisturbed"), abs=5e-6)
+
+
+def test_batch_norm_over_micro_batches_is_announced(place, capsys):
+    cfg = json.loads((place / "small.json").read_text())
+    cfg["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}
+    (place / "batch_norm.json").write_text(json.dumps(cfg))
+    engine = dataclasses.replace(tiny().engine, device="cpu", accumulation=2)
+    config = config_of(place, "batch_norm", engine=engine, steps=1)
+    run(dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(place / "batch_norm.json"))))
+    said = capsys.readouterr().out
+    assert "1 rank(s) × 2 × 8 = 16 pairs a step" in said
+    assert "note: the model has batch norm, whose statistics are those of 8 pairs at a time" in said
+
+
+@pytest.fixture(scope="module")
+def with_objects(tmp_path_factory):
+    """The shards, with statistics of their objects."""
+    folder = tmp_path_factory.mktemp("objects") / "shards"
+    write_shards(folder)
+    counts = {noun: 10 * i + 1 for i, noun in enumerate(NOUNS)}
+    write_objects(folder / "objects.parquet", [ObjectTable.from_counts(counts, "pos", 130)])
+    return folder
+
+
+def loss_configs():
+    for name, targets in LOSSES.items():
+        for target, entry in targets.items():
+            yield LossConfig(name=name, target=target or None)
+            if "weights" in entry.uses:
+                yield LossConfig(name=name, target=target or None, weights="frequency")
+
+
+def trained(folder, out, loss, **changes):
+    config = config_of(folder.parent, out, loss=loss, **changes)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, shards=folder),
+        model=dataclasses.replace(config.model, name=str(write_model(folder.parent))),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", list(loss_configs()), ids=lambda loss: f"{loss.full_name}-{loss.weights}")
+def test_every_loss_and_target_trains(with_objects, loss):
+    run(trained(with_objects, "each", loss, steps=12))
+    losses = losses_of(with_objects.parent / "each")
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[8:]) < sum(losses[:4]), "the third epoch against the first"
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_curve_of_one_with_other_losses_and_micro_batches(with_objects):
+    losses = {
+        "softmax": LossConfig(target="softmax", weights="frequency"),
+        "siglip": LossConfig(name="siglip"),
+        "psd": LossConfig(name="psd", hard_share=(0.5, 0.2)),
+    }
+    engine = dataclasses.replace(tiny().engine, device="cpu", accumulation=2, zero_stage=3)
+    for name, loss in losses.items():
+        run(trained(with_objects, f"one_{name}", loss, steps=4))
+    cut = [trained(with_objects, f"two_{name}", loss, steps=4, engine=engine) for name, loss in losses.items()]
+    on_ranks(2, train_on_rank, *cut)
+    for name in losses:
+        one, two = (losses_of(with_objects.parent / f"{ranks}_{name}") for ranks in ("one", "two"))
+        assert two == pytest.approx(one, abs=1e-5), name
+
+
+def test_settings_that_the_loss_does_not_use_are_announced(place, capsys):
+    run(config_of(place, "ignored", loss=LossConfig(name="label_smoothing", beta=0.3, no_overlap="uniform"), steps=1))
+    said = capsys.readouterr().out
+    assert "note: --loss.beta 0.3 is not used by label_smoothing\n" in said
+    assert "note: --loss.no-overlap uniform is not used by label_smoothing\n" in said
+    assert said.count("is not used") == 2
+
+
+def test_siglip_trains_a_bias_which_evaluations_and_open_clip_load(place, tmp_path):
+    write_shards(tmp_path / "val", (12,), "val")
+    last = run(
+        config_of(
+            place,
+            "siglip",
+            loss=LossConfig(name="siglip"),
+            eval=EvalConfig(every_steps=10, retrieval=tmp_path / "val"),
+        )
+    )
+    lines = read_metrics(place / "siglip" / "metrics.jsonl")
+    training = [line for line in lines if "loss" in line]
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert training[0]["logit_bias"] == -10
+    assert training[0]["logit_scale"] == pytest.approx(10)
+    weights = load_file(last / "model.safetensors")
+    assert weights["logit_bias"].shape == ()
+    assert weights["logit_bias"] != -10, "it is trained"
+    loaded = load_model(last)
+    assert torch.equal(loaded.model.logit_bias, weights["logit_bias"])
+    peer = open_clip.create_model(f"local-dir:{last}")
+    assert torch.equal(peer.logit_bias, weights["logit_bias"])
+    assert [line for line in lines if "i2t_r1" in line], "the evaluation on the way ran"
+
+
+def test_a_bias_that_begins_takes_the_scale_with_it_and_one_without_use_is_left_out(place, undisturbed, capsys):
+    def start(out, loss, pretrained):
+        config = config_of(place, out, loss=loss, steps=1)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=str(pretrained)))
+        return (
+            load_file(run(config) / "model.safetensors"),
+            capsys.readouterr().out,
+            read_metrics(place / out / "metrics.jsonl"),
+        )
+
+    siglip = place / "from_hard" / "checkpoints" / "step-00000001"
+    weights, said, lines = start("from_hard", LossConfig(name="siglip"), undisturbed)
+    assert (
+        f"note: {undisturbed} has no logit_bias, which siglip needs: it begins at -10, and the scale at 10 instead"
+        in said
+    )
+    assert lines[0]["logit_bias"] == -10
+    assert lines[0]["logit_scale"] == pytest.approx(10)
+    before = load_file(undisturbed / "model.safetensors")
+    assert torch.allclose(weights["visual.proj"], before["visual.proj"], atol=0.05)
+
+    weights, said, lines = start("from_siglip", LossConfig(name="hard"), siglip)
+    assert f"note: the logit_bias -10 of {siglip} is left out: only siglip has a use for it" in said
+    assert "logit_bias" not in weights
+    assert "logit_bias" not in lines[0]
+
+    weights, said, lines = start("on", LossConfig(name="siglip"), siglip)
+    assert "note" not in said
+
+
+def test_a_model_of_siglips_trains_other_losses_without_its_bias(place, capsys):
+    cfg = {**json.loads((place / "small.json").read_text()), "init_logit_bias": -8, "init_logit_scale": math.log(200)}
+    assert with_bias(cfg, True) == cfg
+    assert with_bias({**cfg, "init_logit_bias": None}, True)["init_logit_bias"] == -10
+    (place / "biased.json").write_text(json.dumps(cfg))
+    config = config_of(place, "unbiased", steps=1)
+    last = run(dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(place / "biased.json"))))
+    assert "biased.json is built without its logit_bias: only siglip has a use for it" in capsys.readouterr().out
+    assert "logit_bias" not in load_file(last / "model.safetensors")
+
+
+def test_a_loss_without_objects_trains_on_shards_that_have_none(place, tmp_path, capsys):
+    write_shards(tmp_path / "shards")
+    manifest = Manifest.load(tmp_path / "shards")
+    manifest.parsers.clear()
+    manifest.save(tmp_path / "shards")
+    config = config_of(tmp_path, "plain", loss=LossConfig(name="hard"), steps=2)
+    write_model(tmp_path)
+    run(config)
+    assert (
+        "note: the shards have no objects of 'pos': similar_pairs and equal_pairs are not logged"
+        in capsys.readouterr().out
+    )
+    (first, _) = read_metrics(tmp_path / "plain" / "metrics.jsonl")
+    assert "true_pair_mass" in first
+    assert "similar_pairs" not in first
+    with pytest.raises(InputError, match=r"needs parsed objects: .* found none; .*data_prep\.parse "):
+        run(config_of(tmp_path, "soft"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -159,14 +334,27 @@ def test_training_starts_from_a_checkpoint(place, undisturbed, tmp_path):
         ({"model": "ViT-B-23"}, r"unknown model 'ViT-B-23', perhaps 'ViT-B-32'"),
         ({"shards": "nowhere"}, r"expected shards with a manifest at .*nowhere.*found no such folder.*data_prep\.run"),
         ({"split": "val"}, r"shards of split 'val', found splits \['train'\]"),
-        ({"parser": "llm"}, r"needs parsed objects: expected those of 'llm' .* found \['pos'\].*--loss\.name hard"),
+        (
+            {"objects": "llm"},
+            r"object_iou/budget needs parsed objects: expected those of 'llm' .* found \['pos'\]; .*data_prep\.parse_llm .*"
+            r"--loss\.name hard",
+        ),
+        ({"objects": "llm", "loss": LossConfig(name="softclip")}, r"the loss softclip needs parsed objects"),
+        ({"objects": "llm", "loss": LossConfig(name="siglip", target="iou")}, r"siglip/iou needs parsed objects"),
+        (
+            {"loss": LossConfig(weights="frequency")},
+            r"expected .*shards/objects\.parquet, found no such file; make it with `python -m data_prep\.statistics .*shards`",
+        ),
+        ({"accumulation": 3}, r"16 pairs a rank cannot be cut into 3 .*; nearest: --engine\.accumulation 2 or 4"),
     ],
 )
 def test_wrong_input_says_what_to_do(place, changes, message):
     config = config_of(place, "wrong")
     if "model" in changes:
         changes = {"model": dataclasses.replace(config.model, name=changes["model"])}
-    for name in ("shards", "split", "parser"):
+    if "accumulation" in changes:
+        changes = {"engine": dataclasses.replace(config.engine, **changes)}
+    for name in ("shards", "split"):
         if name in changes:
             value = Path(changes[name]) if name == "shards" else changes[name]
             changes = {"data": dataclasses.replace(config.data, **{name: value})}
@@ -209,6 +397,15 @@ def test_the_command_names_the_nearest_recipe_and_flag():
     assert wrong.returncode == 2
     assert "--optim.lr" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+    wrong = command("tiny", "--loss.name", "objekt_iou")
+    assert wrong.returncode == 2
+    assert "unknown loss 'objekt_iou', perhaps 'object_iou'" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    told = command("tiny", "--help").stdout
+    assert all(name in told for name in LOSSES)
+    assert all(target in told for targets in LOSSES.values() for target in targets)
+    assert "--engine.accumulation" in told
+    assert "--objects {pos,llm}" in told
 
 
 def test_the_command_without_data_names_the_place_and_what_makes_it(tmp_path):

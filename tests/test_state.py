@@ -6,7 +6,7 @@ from material import MODEL_CFG as WITH_ALL_TOKENS
 from ranks import on_ranks
 
 from pretrain.engine import Engine, EngineConfig, _Capped
-from pretrain.losses import LossConfig, contrastive_loss
+from pretrain.losses import BatchSets, LossConfig, contrastive_loss
 from pretrain.optim import OptimConfig
 from pretrain.state import gather_moments, gather_weights, restore
 from setclip import distributed
@@ -34,9 +34,9 @@ def train(engine, world, first, last):
         tokens = torch.randint(1, 100, (GLOBAL_BATCH, 12), generator=random)
         objects = torch.randint(0, 5, (GLOBAL_BATCH, 1), generator=random)
         mine = slice(world.rank, None, world.size)
-        output = contrastive_loss(
-            *engine.forward(images[mine], tokens[mine]), objects[mine], objects[mine], LossConfig()
-        )
+        features = engine.forward(images[mine], tokens[mine])
+        sets = BatchSets(objects[mine], objects[mine])
+        output = contrastive_loss(features.images, features.texts, features.logit_scale, sets, LossConfig())
         engine.step(output.loss, lr=1e-3)
         losses.append(float(distributed.mean_over_ranks(output.loss)))
     return losses

@@ -18,6 +18,7 @@ and texts of this rank, N over all ranks, D width.
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -281,8 +282,7 @@ def _kernels(features: Tensor) -> Any:
     """Returns the module of GPU kernels where it is for such features, else None: then blocks of PyTorch do the work."""
     if not features.is_cuda:
         return None
-    from pretrain.losses import kernels  # needs Triton, which CPU builds of torch do not bring
-
+    kernels = import_module("pretrain.losses.kernels")  # needs Triton, which CPU builds of torch do not bring
     return kernels if kernels.fit(features) else None
 
 

@@ -12,6 +12,7 @@ Letters: B pairs on this rank, N over all ranks, D width; R × C a block.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,10 +65,17 @@ def hard_share_at(progress: float, hard_share: tuple[float, float]) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def draw_hard(size: int, share: float, seed: int) -> Tensor:
-    """Returns (N,) bool on the CPU: true for round(share · N) of N = `size` pairs in rank order, alike on all ranks."""
+def draw_hard(counts: Sequence[int], share: float, seed: int) -> Tensor:
+    """Returns (N,) bool on the CPU, in rank order: true for round(share · N) pairs of ranks that hold `counts` of them.
+
+    Ranks take the pairs of a batch in turn. Numbered as they come in the data, the same pairs are drawn for any number of
+    ranks.
+    """
+    size = sum(counts)
     drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[: round(share * size)]
-    return torch.zeros(size, dtype=torch.bool).index_fill_(0, drawn, True)
+    is_hard = torch.zeros(size, dtype=torch.bool).index_fill_(0, drawn, True)
+    turns = torch.cat([torch.arange(count) * len(counts) + rank for rank, count in enumerate(counts)])
+    return is_hard[turns.argsort().argsort()]
 
 
 def distil(
@@ -84,7 +92,7 @@ def distil(
     `images`, `texts`: (B, D) of unit norm, those of the loss. `progress`: the share of the run that is over. `seed`: of
     which pairs keep one-hot targets; the same on all ranks.
     """
-    is_hard = draw_hard(layout.total, hard_share_at(progress, config.hard_share), seed)
+    is_hard = draw_hard(layout.counts, hard_share_at(progress, config.hard_share), seed)
     if bool(is_hard.all()):
         return targets
     hard = is_hard.to(images.device, torch.float64)

@@ -1,12 +1,14 @@
 """Builds open_clip models by name. Used by pretrain (fresh or from weights) and by `setclip.checkpoint` (evaluation).
 
-`logit_scale` has shape [1] in every model that is trained, because DeepSpeed's ZeRO stages fail on 0-dimensional
-parameters (0.19.8: "self.dim() cannot be 0 to view Float as Byte"); files hold the scalar that open_clip expects.
+`logit_scale` and `logit_bias` have shape [1] in every model that is trained, because DeepSpeed's ZeRO stages fail on
+0-dimensional parameters (0.19.8: "self.dim() cannot be 0 to view Float as Byte"); files hold the scalars that open_clip
+expects.
 """
 
 import copy
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,36 @@ def model_config(name: str) -> dict[str, Any]:
     known = dict.fromkeys((*own, *open_clip.list_models()))
     look_up(known, name.replace("/", "-"), "model")
     return copy.deepcopy(open_clip.get_model_config(name))
+
+
+def with_bias(model_cfg: Mapping[str, Any], wanted: bool) -> dict[str, Any]:
+    """Returns a configuration whose model has a logit_bias, as siglip needs one, or has none.
+
+    Where it says nothing else, they begin as SigLIP's (Zhai et al. 2023, arXiv 2303.15343): bias −10, scale 10.
+    """
+    config = {name: value for name, value in model_cfg.items() if name != "init_logit_bias" or value is not None}
+    if wanted:
+        return {"init_logit_bias": -10.0, "init_logit_scale": math.log(10), **config}
+    config.pop("init_logit_bias", None)
+    return config
+
+
+def fit_bias(weights: Mapping[str, Tensor], model: torch.nn.Module, where: str) -> tuple[dict[str, Tensor], str | None]:
+    """Returns weights that have a logit_bias where the model has one and only there, and what to tell the user of it.
+
+    A scale that was trained without a bias does not go with a bias that begins: both then begin.
+    """
+    own, fitted = model.state_dict(), dict(weights)
+    if "logit_bias" in own and "logit_bias" not in weights and "logit_scale" in weights:
+        began = {name: own[name] for name in ("logit_bias", "logit_scale")}
+        return fitted | began, (
+            f"{where} has no logit_bias, which siglip needs: it begins at {float(began['logit_bias']):g}, and the scale at "
+            f"{float(began['logit_scale'].exp()):g} instead of {float(fitted['logit_scale'].exp()):g}"
+        )
+    if "logit_bias" in weights and "logit_bias" not in own:
+        value = float(fitted.pop("logit_bias"))
+        return fitted, f"the logit_bias {value:g} of {where} is left out: only siglip has a use for it"
+    return fitted, None
 
 
 def build_clip(model_cfg: Mapping[str, Any], scalar_logit_scale: bool = False) -> torch.nn.Module:
