@@ -195,7 +195,7 @@ def rank_cases(names):
 RANK_BATCHES = ["small sets on both sides", "equal texts", "duplicates with equal texts", "all identical", "all empty"]
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(size, marks=pytest.mark.slow) for size in (2, 4)])
+@pytest.mark.parametrize("world_size", [pytest.param(size, marks=pytest.mark.slow) for size in (2, 4, 8)])
 def test_ranks_together_equal_the_reference(world_size):
     """And all ranks draw the same pairs for psd."""
     truths = []

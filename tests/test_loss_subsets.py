@@ -9,7 +9,7 @@ import pytest
 import torch
 from loss_reference import BATCHES, CONFIGS, batch_sets, ids, weights
 
-from pretrain.losses import LossConfig, sets, subsets
+from pretrain.losses import LossConfig, mates, operators, sets, subsets
 from pretrain.losses.counts import count_others
 from pretrain.losses.exchange import Layout
 from pretrain.losses.expansion import expand
@@ -18,6 +18,7 @@ from pretrain.losses.operators import make_targets
 from pretrain.losses.sets import collapse
 from pretrain.losses.similarity import AtLeast, ExpIou, Iou, coefficient, remainder
 from pretrain.losses.subsets import find_overlaps
+from setclip.errors import InputError
 
 SIMILARITIES = [Iou(), ExpIou(0.05), ExpIou(0.3), AtLeast(0.5), AtLeast(1.0), AtLeast(1e-9)]
 ALL_CONFIGS = [
@@ -40,6 +41,7 @@ def few(request, monkeypatch):
 def test_the_expansion_is_the_similarity_of_every_pair(name):
     image_sets, text_sets, _ = BATCHES[name]
     overlaps = find_overlaps(collapse(ids(image_sets), ids(text_sets)))
+    assert overlaps is not None
     of_images, of_texts = overlaps.classes.of_images, overlaps.classes.of_texts
     for similarity in SIMILARITIES:
         dense = expand(overlaps, similarity).times(torch.eye(len(overlaps.classes), dtype=torch.float64))
@@ -56,10 +58,11 @@ def test_the_counts_are_those_of_a_loop(name):
     image_sets, text_sets, text_ids = BATCHES[name]
     size = len(image_sets)
     text_ids = text_ids or range(size)
-    mates = find_mates(torch.tensor(list(text_ids)), size, torch.device("cpu"))
+    equal = find_mates(torch.tensor(list(text_ids)), size, torch.device("cpu"))
     directions = (image_sets, text_sets), (text_sets, image_sets)
     overlaps = find_overlaps(collapse(ids(image_sets), ids(text_sets)))
-    for others, (rows, columns) in zip(count_others(overlaps, mates), directions, strict=True):
+    assert overlaps is not None
+    for others, (rows, columns) in zip(count_others(overlaps, equal), directions, strict=True):
         found = {}
         entries = [part.tolist() for part in (others.kinds, others.shared, others.sizes, others.counts)]
         for kind, shared, size, count in zip(*entries, strict=True):
@@ -166,7 +169,34 @@ def test_the_work_grows_with_the_captions_and_not_with_their_pairs():
     for size in (500, 2000):
         drawn = reference.zipf_sets(size, 5, 20_000, 7, least=1)
         overlaps = find_overlaps(collapse(ids(drawn), ids(drawn)))
+        assert overlaps is not None
         assert len(overlaps.pairs.rows) < size
         expansion = expand(overlaps, Iou())
         entries.append(len(expansion.has.columns) + len(expansion.coefficients.columns))
     assert entries[1] < 7 * entries[0]
+
+
+@pytest.mark.parametrize("loss", ["object_iou", "multi_positive", "hard"])
+def test_many_captions_with_the_same_common_objects_take_little_memory(loss):
+    """Five objects in common and one of its own: their pairs are N², and all share four."""
+    drawn = [{1, 2, 3, 4, 5, 100 + i} for i in range(1_500)]
+    made = make_targets(batch_sets(drawn, drawn), LossConfig(name=loss), Layout(0, (1_500,)), None, torch.float32)
+    assert made.expansion is None
+    assert made.similar_pairs == 1
+    assert made.equal_pairs == 0
+    assert find_overlaps(collapse(ids(drawn), ids(drawn)), most_pairs=1_000_000) is None
+
+
+def test_the_meter_of_a_hard_loss_looks_at_the_first_images(monkeypatch):
+    monkeypatch.setattr(operators, "_METER_ROWS", 3)
+    image_sets = [{1}, {1}, {2}, {2}, {2}]
+    made = make_targets(
+        batch_sets(image_sets, image_sets), LossConfig(name="hard"), Layout(0, (5,)), None, torch.float32
+    )
+    assert made.similar_pairs == pytest.approx((1 + 1 + 2) / 12)
+
+
+def test_very_many_equal_texts_are_refused(monkeypatch):
+    monkeypatch.setattr(mates, "MOST_PAIRS", 10)
+    with pytest.raises(InputError, match="in which a text occurs 4 times"):
+        find_mates(torch.tensor([7, 7, 7, 7]), 4, torch.device("cpu"))

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.losses import (
     LOSSES,
+    BatchSets,
     LossConfig,
     ObjectWeights,
     blocks,
@@ -234,7 +235,7 @@ def losses_of_rank(names):
         batch = BATCHES[name]
         mine = parts_of(len(batch[0]), world.size, uneven)[world.rank]
         images, texts = features(size=len(batch[0]))
-        leaves = scalars(config, 30.0, torch.float64)
+        leaves = scalars(config, 100.0 if uneven else 30.0, torch.float64)
         blockwise._ABOVE_UNDERFLOW[torch.float64] = 700.0 if uneven else -640.0  # every other with a running maximum
         # The sets of a rank are padded to its own widest, as a loader does.
         sets = batch_sets(*(part and part[mine] for part in batch))
@@ -260,12 +261,12 @@ def test_two_ranks_equal_the_reference_on_one_batch():
 
 def check_ranks(world_size, names):
     truths = {}
-    for name, _, config in rank_cases(names):
+    for name, uneven, config in rank_cases(names):
         alone = prepare_targets(batch_sets(*BATCHES[name]), config, weights(config), torch.float64).targets
-        truths[name, config] = wanted(config, 30.0, BATCHES[name]), alone
+        truths[name, uneven, config] = wanted(config, 100.0 if uneven else 30.0, BATCHES[name]), alone
     for results in on_ranks(world_size, losses_of_rank, names):
         for (name, uneven, config), (*values, kl, mass, similar, equal) in zip(rank_cases(names), results, strict=True):
-            truth, alone = truths[name, config]
+            truth, alone = truths[name, uneven, config]
             check(values, truth, 1e-12, (name, uneven, config))
             assert float(kl) == pytest.approx(float(truth[0]) - alone.entropy, abs=1e-12)
             assert [float(mass), float(similar), float(equal)] == pytest.approx(
@@ -370,7 +371,7 @@ def test_targets_that_were_prepared_before_give_the_same_loss():
     images, texts = features()
     sets = batch_sets(IMAGE_SETS, TEXT_SETS)
     scale = torch.tensor(20.0, dtype=torch.float64)
-    prepared = prepare_targets(sets, LossConfig())
+    prepared = prepare_targets(sets, LossConfig(), dtype=torch.float64)
     ahead = contrastive_loss(images, texts, scale, sets, LossConfig(), prepared=prepared).loss
     assert torch.equal(ahead, contrastive_loss(images, texts, scale, sets, LossConfig()).loss)
 
@@ -456,4 +457,36 @@ def test_unknown_names_suggest_the_nearest():
         LossConfig(target="bugdet")
     with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\), found 1.5"):
         LossConfig(beta=1.5)
+    with pytest.raises(ValueError, match="weights must be one of none, frequency, found 'freq'"):
+        LossConfig(weights="freq")
     assert set(LOSSES) == {"hard", "label_smoothing", "object_iou", "multi_positive", "softclip", "psd", "siglip"}
+
+
+def test_what_does_not_fit_together_is_refused():
+    images, texts = features()
+    sets, scale = batch_sets(*SMALL), torch.tensor(20.0, dtype=torch.float64)
+
+    def refused(match, *given, config=LossConfig(), **more):  # noqa: B008 (frozen)
+        with pytest.raises(ValueError, match=match):
+            contrastive_loss(*given, config, **more)
+
+    refused(r"B = 12 images and of their texts, found \(12, 16\) and \(10, 16\)", images, texts[:10], scale, sets)
+    refused("B = 10 images", images, texts, scale, batch_sets(SMALL[0][:10], SMALL[1][:10]))
+    refused("float32, float64 or bfloat16, found torch.float16", images.half(), texts.half(), scale, sets)
+    refused("one number as logit_scale", images, texts, torch.ones(2), sets)
+    refused("siglip needs logit_bias", images, texts, scale, sets, config=LossConfig(name="siglip"))
+    refused("needs the weights of objects", images, texts, scale, sets, config=LossConfig(weights="frequency"))
+    refused("12 text ids, found", images, texts, scale, BatchSets(sets.image_objects, sets.text_objects, torch.ones(5)))
+    refused("ids of torch.int64", images, texts, scale, BatchSets(sets.image_objects.int(), sets.text_objects))
+    refused("B images and of their B texts", images, texts, scale, BatchSets(sets.image_objects, sets.text_objects[:3]))
+    prepared = prepare_targets(sets, LossConfig(), dtype=torch.float64)
+    refused(
+        "found those of object_iou/budget",
+        images,
+        texts,
+        scale,
+        sets,
+        config=LossConfig(name="hard"),
+        prepared=prepared,
+    )
+    refused("12 pairs and torch.float32, found", images.float(), texts.float(), scale, sets, prepared=prepared)

@@ -67,10 +67,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The targets of a batch over all ranks."""
+    """The targets of a batch over all ranks, and what they were made for."""
 
     targets: Targets | SoftClipTargets
     layout: Layout
+    config: LossConfig
+    dtype: torch.dtype
 
 
 def prepare_targets(
@@ -84,9 +86,10 @@ def prepare_targets(
     `sets`: this rank's. `weights`: needed where config.weights is "frequency", on the sets' device. `dtype`: that of the
     logits, the features' promoted to float32.
     """
+    _check_sets(sets)
     layout, gathered = agree(sets)
     make = make_softclip_targets if config.name == "softclip" else make_targets
-    return Prepared(make(gathered, config, layout, weights, dtype), layout)
+    return Prepared(make(gathered, config, layout, weights, dtype), layout, config, dtype)
 
 
 def contrastive_loss(
@@ -109,7 +112,15 @@ def contrastive_loss(
     backward pass.
     """
     dtype = torch.promote_types(image_features.dtype, torch.float32)
+    _check_features(image_features, text_features, logit_scale, logit_bias, sets)
     prepared = prepared or prepare_targets(sets, config, weights, dtype)
+    if (prepared.config, prepared.dtype) != (config, dtype) or prepared.layout.counts[prepared.layout.rank] != len(
+        sets
+    ):
+        raise ValueError(
+            f"expected targets prepared for this loss, {len(sets)} pairs and {dtype}, found those of "
+            f"{prepared.config.full_name}, {prepared.layout.counts[prepared.layout.rank]} pairs and {prepared.dtype}"
+        )
     targets, layout = prepared.targets, prepared.layout
     if isinstance(targets, SoftClipTargets):
         loss = softclip_loss(image_features, text_features, logit_scale, targets, layout)
@@ -125,3 +136,31 @@ def contrastive_loss(
         loss = blockwise_loss(image_features, text_features, logit_scale, targets, layout)
     numbers = (targets.true_pair_mass, targets.similar_pairs, targets.equal_pairs)
     return LossOutput(loss, (loss.detach() - targets.entropy), *(loss.new_tensor(n) for n in numbers))
+
+
+def _check_sets(sets: BatchSets) -> None:
+    images, texts, text_ids = sets.image_objects, sets.text_objects, sets.text_ids
+    if images.ndim != 2 or texts.ndim != 2 or len(images) != len(texts):
+        raise ValueError(
+            f"expected (B, M) object ids of B images and of their B texts, found {tuple(images.shape)} and {tuple(texts.shape)}"
+        )
+    if text_ids is not None and text_ids.shape != images.shape[:1]:
+        raise ValueError(f"expected {len(images)} text ids, found {tuple(text_ids.shape)}")
+    dtypes = {x.dtype for x in (images, texts, text_ids) if x is not None}
+    if dtypes != {torch.int64}:
+        raise ValueError(f"expected ids of {torch.int64}, found {sorted(map(str, dtypes))}")
+
+
+def _check_features(
+    images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, sets: BatchSets
+) -> None:
+    if images.ndim != 2 or images.shape != texts.shape or len(images) != len(sets):
+        raise ValueError(
+            f"expected (B, D) features of B = {len(sets)} images and of their texts, found {tuple(images.shape)} and "
+            f"{tuple(texts.shape)}"
+        )
+    if images.dtype != texts.dtype or images.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"expected features of float32, float64 or bfloat16, found {images.dtype} and {texts.dtype}")
+    for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+        if value is not None and value.numel() != 1:
+            raise ValueError(f"expected one number as {name}, found {tuple(value.shape)}")

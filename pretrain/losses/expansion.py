@@ -78,9 +78,7 @@ def expand(overlaps: Overlaps, similarity: Similarity) -> Expansion:
     left, right = spans(starts_of(widths)[subset_of], widths[subset_of])
     needed = (left != right) | (members[left] > 1)
     left, right = left[needed], right[needed]
-    values = evaluate(
-        lambda t, n: coefficient(similarity, t, n), orders[subset_of[left]], size_of[left] + size_of[right]
-    )
+    values = evaluate(similarity, orders[subset_of[left]], size_of[left] + size_of[right], coefficient)
 
     # K_uu is 1 for IoU; what columns already give of it is taken off.
     diagonal = evaluate(similarity, classes.sizes, 2 * classes.sizes)
@@ -108,9 +106,7 @@ def _listed_pairs(overlaps: Overlaps, similarity: Similarity) -> Entries:
     return (
         pairs.rows,
         pairs.columns,
-        torch.where(
-            pairs.is_whole, whole, evaluate(lambda shared, n: remainder(similarity, shared, n), pairs.shared, both)
-        ),
+        torch.where(pairs.is_whole, whole, evaluate(similarity, pairs.shared, both, remainder)),
     )
 
 
@@ -123,7 +119,7 @@ def _pairs_within(rows: Tensor, subsets: Tensor, orders: Tensor, sizes: Tensor, 
     order = orders[subsets[by_subset]][first[differ]]
     first, second = members[first[differ]], members[second[differ]]
     both = sizes[first] + sizes[second]
-    return first, second, evaluate(lambda t, n: coefficient(similarity, t, n), order, both)
+    return first, second, evaluate(similarity, order, both, coefficient)
 
 
 def _matrix_of_pairs(num: int, *parts: Entries) -> SparseMatrix:

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from pretrain.losses.ragged import grouped, spans, starts_of
+from setclip.errors import InputError
+
+MOST_PAIRS = 1 << 24
+"""Pairs of equal texts in a batch: as many as 4,096 that are all equal make. They are listed, so memory is bounded."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,10 @@ class Mates:
 
 
 def find_mates(text_ids: Tensor | None, size: int, device: torch.device) -> Mates:
-    """Returns the mates of N = `size` pairs by (N,) int64 ids of their texts; None: no texts are equal."""
+    """Returns the mates of N = `size` pairs by (N,) int64 ids of their texts; None: no texts are equal.
+
+    Raises InputError where there are more than MOST_PAIRS.
+    """
     alone = torch.zeros(size, dtype=torch.int64, device=device)
     none = torch.empty(0, dtype=torch.int64, device=device)
     if text_ids is None:
@@ -42,6 +49,13 @@ def find_mates(text_ids: Tensor | None, size: int, device: torch.device) -> Mate
     order, group, counts = grouped(text_ids)
     if len(counts) == size:
         return Mates(none, none, alone + 1, alone)
+    pairs = int((counts * (counts - 1)).sum())
+    if pairs > MOST_PAIRS:
+        raise InputError(
+            f"expected few equal texts in a batch, found {size:,} pairs in which a text occurs {int(counts.max()):,} times "
+            f"({pairs:,} pairs of equal texts, at most {MOST_PAIRS:,} are taken); look for captions that say nothing, or use "
+            "--loss.equal-texts negatives"
+        )
     numbers, groups = alone.clone(), alone.clone()
     numbers[order] = counts[group]
     groups[order] = torch.where(counts[group] > 1, group + 1, 0)

@@ -16,10 +16,10 @@ from pretrain.losses.expansion import Expansion, expand
 from pretrain.losses.mates import Mates, find_mates
 from pretrain.losses.ragged import SparseMatrix
 from pretrain.losses.sets import BatchSets, SetClasses, collapse
-from pretrain.losses.similarity import AtLeast, evaluate
-from pretrain.losses.subsets import find_overlaps
+from pretrain.losses.similarity import AtLeast, Similarity, evaluate
+from pretrain.losses.subsets import Overlaps, find_overlaps
 from pretrain.losses.targets import Crowd, LossConfig, Rows
-from pretrain.losses.tiles import InTiles, SoftTiles, make_tiles, sum_others
+from pretrain.losses.tiles import InTiles, SoftTiles, count_similar, make_tiles, sum_others
 from pretrain.losses.weights import ObjectWeights
 
 _COLUMNS_AT_ONCE = 32
@@ -27,6 +27,8 @@ _COLUMNS_AT_ONCE = 32
 
 _PAIRS_A_SUBSET = 40
 """Similarities of pairs that are made in tiles, forward and backward, in the time that a subset takes; on a CPU."""
+_METER_ROWS = 512
+"""Images of a batch that the meter of a loss without similarities looks at"""
 _SMALL = 1 << 20
 """Pairs of a batch for which neither takes long"""
 
@@ -90,7 +92,8 @@ class Targets:
     true_pair_mass: float
     """Mean target on true pairs, over rows"""
     similar_pairs: float
-    """Share of other pairs of an image and a text with IoU ≥ 1/2: false negatives of a hard loss"""
+    """Share of other pairs of an image and a text with IoU ≥ 1/2: false negatives of a hard loss. Of a loss without
+    similarities, counted on the batch's first 512 images"""
     equal_pairs: float
     """Share of those with equal objects"""
 
@@ -156,15 +159,21 @@ def make_targets(
     target = config.find_target()
     similarity = target.similarity(config) if target.similarity else None
     if similarity is None:
-        return _by_subsets(classes, mates, config)
-    if config.weights == "frequency":
-        if weights is None:
-            raise ValueError("weights 'frequency' needs the weights of objects")
-        return _in_tiles(classes, mates, config, layout, weights, dtype)
-    # Thresholds are decided on whole numbers, which tiles do not have.
-    if not isinstance(similarity, AtLeast) and _has_many_subsets(classes, layout):
-        return _in_tiles(classes, mates, config, layout, None, dtype)
-    return _by_subsets(classes, mates, config)
+        return _without_similarity(classes, mates, config, layout)
+    if config.weights == "frequency" and weights is None:
+        raise ValueError("weights 'frequency' needs the weights of objects")
+    overlaps = None
+    if config.weights == "none" and not _has_many_subsets(classes, layout):
+        overlaps = find_overlaps(classes, _most_pairs(layout))
+    if overlaps is None:
+        return _in_tiles(classes, mates, config, layout, weights if config.weights == "frequency" else None, dtype)
+    return _by_subsets(overlaps, mates, config, similarity)
+
+
+def _most_pairs(layout: Layout) -> float:
+    """Returns how many pairs may be listed: a linear number, which takes less time than tiles."""
+    pairs = layout.total * max(layout.counts)
+    return max(_SMALL, min(pairs / _PAIRS_A_SUBSET, 256 * layout.total))
 
 
 def _has_many_subsets(classes: SetClasses, layout: Layout) -> bool:
@@ -178,25 +187,40 @@ def _has_many_subsets(classes: SetClasses, layout: Layout) -> bool:
     return float(subsets.sum()) * _PAIRS_A_SUBSET > pairs
 
 
-def _by_subsets(classes: SetClasses, mates: Mates, config: LossConfig) -> Targets:
-    """Returns the targets whose similarity is expanded over shared subsets, or that have none."""
+def _without_similarity(classes: SetClasses, mates: Mates, config: LossConfig, layout: Layout) -> Targets:
+    """Returns the targets of a loss to which all others are alike. The meter looks at the batch's first images."""
+    size, numbers = layout.total, mates.numbers.double()
+    none = torch.zeros_like(numbers)
+    others = size - numbers
+    row = config.find_target().rows(Crowd(numbers, others, none > 0, none), config)
+    entropy = of_true_pairs(row, numbers, config) + others * information(row.to_each, config)
+    looked_at = min(size, _METER_ROWS)
+    part = Layout(0, (looked_at, size - looked_at))
+    similar = count_similar(make_tiles(classes, mates, None, part, torch.float32))
+    return _assemble(
+        classes,
+        mates,
+        [row, row],
+        total=none,
+        entropy=float(entropy.mean()),
+        similar=float(similar) / max(1.0, float(others[:looked_at].sum())),
+    )
+
+
+def _by_subsets(overlaps: Overlaps, mates: Mates, config: LossConfig, similarity: Similarity) -> Targets:
+    """Returns the targets whose similarity is expanded over shared subsets."""
+    classes, target = overlaps.classes, config.find_target()
     size = len(classes.of_images)
-    overlaps = find_overlaps(classes)
-    target = config.find_target()
-    similarity = target.similarity(config) if target.similarity else None
     directions, rows, totals, entropy = count_others(overlaps, mates), [], [], 0.0
     for direction in directions:
         numbers = direction.numbers.double()
         others = size - numbers
-        total = direction.total(similarity) if similarity else torch.zeros_like(others)
+        total = direction.total(similarity)
         row = target.rows(Crowd(numbers, others, direction.overlapping > 0, total), config)
         rows.append(row)
         totals.append(total)
-        given = row.to_each[direction.kinds]
-        if similarity is not None:
-            given = given + row.per_similarity[direction.kinds] * evaluate(
-                similarity, direction.shared, direction.sizes
-            )
+        found = evaluate(similarity, direction.shared, direction.sizes)
+        given = row.to_each[direction.kinds] + row.per_similarity[direction.kinds] * found
         unshared = (others - direction.overlapping) * information(row.to_each, config)
         shared = direction.sum_by_kind(direction.counts * information(given, config))
         entropy += float((of_true_pairs(row, numbers, config) + unshared + shared)[direction.of_rows].mean())
@@ -204,26 +228,22 @@ def _by_subsets(classes: SetClasses, mates: Mates, config: LossConfig) -> Target
         Rows(*(getattr(row, entry.name)[direction.of_rows] for entry in fields(Rows)))
         for row, direction in zip(rows, directions, strict=True)
     ]
-    own_similarity = mate_similarity = None
-    if similarity is not None:
-        first = directions[0]
-        own_similarity = evaluate(similarity, first.own_shared, first.own_sizes)[first.of_rows]
-        pair = classes.of_images[mates.rows], classes.of_texts[mates.columns]
-        mate_similarity = evaluate(
-            similarity, overlaps.shared_by(*pair), classes.sizes[pair[0]] + classes.sizes[pair[1]]
-        )
-    gives = torch.stack([row.per_similarity.max() for row in rows]).max() > 0
+    first = directions[0]
+    pair = classes.of_images[mates.rows], classes.of_texts[mates.columns]
+    gives = bool(torch.stack([row.per_similarity.max() for row in rows]).max() > 0)
+    similar = (first.total(AtLeast(0.5)) * first.multiplicity).sum()
     return _assemble(
         classes,
         mates,
         all_rows,
-        own_similarity,
-        mate_similarity,
-        expand(overlaps, similarity) if similarity is not None and bool(gives) else None,
-        None,
-        totals[0][directions[0].of_rows],
-        entropy / 2,
-        (directions[0].total(AtLeast(0.5)) * directions[0].multiplicity).sum(),
+        total=totals[0][first.of_rows],
+        entropy=entropy / 2,
+        similar=float(similar) / _other_pairs(mates),
+        expansion=expand(overlaps, similarity) if gives else None,
+        own_similarity=evaluate(similarity, first.own_shared, first.own_sizes)[first.of_rows],
+        mate_similarity=evaluate(
+            similarity, overlaps.shared_by(*pair), classes.sizes[pair[0]] + classes.sizes[pair[1]]
+        ),
     )
 
 
@@ -268,22 +288,41 @@ def _in_tiles(
         (given[0].per_similarity[layout.mine] / 2).to(dtype),
         (given[1].per_similarity / 2).to(dtype),
     )
-    return _assemble(classes, mates, given, None, None, None, soft, sums[0].total, entropy / 2, sums[0].similar.sum())
+    return _assemble(
+        classes,
+        mates,
+        given,
+        total=sums[0].total,
+        entropy=entropy / 2,
+        similar=float(sums[0].similar.sum()) / _other_pairs(mates),
+        tiles=soft,
+    )
+
+
+def _other_pairs(mates: Mates) -> int:
+    """Returns how many pairs of the batch are no true ones; 1 where there are none."""
+    size = len(mates.numbers)
+    return max(1, size * size - int(mates.numbers.sum()))
 
 
 def _assemble(
     classes: SetClasses,
     mates: Mates,
     given: list[Rows],
-    own_similarity: Tensor | None,
-    mate_similarity: Tensor | None,
-    expansion: Expansion | None,
-    tiles: InTiles | None,
+    *,
     total: Tensor,
     entropy: float,
-    similar: Tensor,
+    similar: float,
+    expansion: Expansion | None = None,
+    own_similarity: Tensor | None = None,
+    mate_similarity: Tensor | None = None,
+    tiles: InTiles | None = None,
 ) -> Targets:
-    """Returns the targets from what each row gives, (N,) by direction; `total`: their similarities to others, (N,)."""
+    """Returns the targets from what each row gives, (N,) by direction.
+
+    `total`: the images' similarities to others, (N,). `own_similarity`, `mate_similarity`: those of true pairs, which the
+    expansion holds.
+    """
     size, num = len(classes.of_images), len(classes)
     constants = torch.stack([row.to_each.max() for row in given]).max() > 0
     # What the factors hold at true pairs, where it does not belong.
@@ -315,10 +354,8 @@ def _assemble(
         bool(constants),
         entropy,
         float((given[0].true.mean() + given[1].true.mean()) / 2),
-        *(
-            float(count) / max(1, size * size - int(mates.numbers.sum()))
-            for count in (similar, count_equal(classes, mates))
-        ),
+        similar,
+        float(count_equal(classes, mates)) / _other_pairs(mates),
     )
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 ORDER = 3
 """Largest subsets that are enumerated. What pairs share beyond that is added pair by pair."""
 
+WEIGHTED_SLACK = 1e-5
+"""A weighted IoU that is this much (relative) below a threshold counts as above: it is no fraction of whole numbers."""
+
 _DIGITS = Context(prec=50)
 
 
@@ -74,17 +77,29 @@ class AtLeast:
         return Fraction(shared > 0 and Iou()(shared, sizes) >= Fraction(str(self.threshold)))
 
     def from_iou(self, iou: Tensor) -> Tensor:
-        """Returns f of weighted IoUs, which it overwrites. Within 1e-5 of the threshold, for lack of exact numbers, is above."""
-        return torch.ge(iou, self.threshold * (1 - 1e-5), out=iou)
+        """Returns f of weighted IoUs, which it overwrites. For lack of exact numbers, just below is above."""
+        return torch.ge(iou, self.threshold * (1 - WEIGHTED_SLACK), out=iou)
+
+    def from_counts(self, shared: Tensor, union: Tensor) -> Tensor:
+        """Returns f of |A ∩ B|, which it overwrites, and |A ∪ B|: whole numbers, so decided exactly."""
+        ratio = Fraction(str(self.threshold))
+        is_above = shared.double() * ratio.denominator >= union.double() * ratio.numerator
+        return shared.copy_(is_above.logical_and_(shared > 0))
 
 
 Similarity = Iou | ExpIou | AtLeast
 
 
 @lru_cache(maxsize=1 << 16)
+def value(similarity: Similarity, shared: int, sizes: int) -> Fraction:
+    """Returns f(I, n)."""
+    return similarity(shared, sizes)
+
+
+@lru_cache(maxsize=1 << 16)
 def coefficient(similarity: Similarity, order: int, sizes: int) -> Fraction:
     """Returns c_t(n) for subsets of t = `order` objects and n = `sizes`."""
-    terms = (comb(order, k) * similarity(k, sizes) * (-1) ** (order - k) for k in range(1, order + 1))
+    terms = (comb(order, k) * value(similarity, k, sizes) * (-1) ** (order - k) for k in range(1, order + 1))
     return sum(terms, Fraction(0))
 
 
@@ -92,17 +107,22 @@ def coefficient(similarity: Similarity, order: int, sizes: int) -> Fraction:
 def remainder(similarity: Similarity, shared: int, sizes: int) -> Fraction:
     """Returns f(I, n) − Σ_{t ≤ ORDER} C(I, t) c_t(n): what subsets of up to ORDER objects leave of a pair."""
     expanded = (comb(shared, t) * coefficient(similarity, t, sizes) for t in range(1, min(ORDER, shared) + 1))
-    return similarity(shared, sizes) - sum(expanded, Fraction(0))
+    return value(similarity, shared, sizes) - sum(expanded, Fraction(0))
 
 
-def evaluate(function: Callable[[int, int], Fraction], first: Tensor, second: Tensor) -> Tensor:
-    """Returns float64 `function` of each pair of non-negative int64, called once for each distinct pair."""
+def evaluate(
+    similarity: Similarity,
+    first: Tensor,
+    second: Tensor,
+    function: Callable[[Similarity, int, int], Fraction] = value,
+) -> Tensor:
+    """Returns float64 `function` of the similarity and each pair of non-negative int64, called once a distinct pair."""
     if first.numel() == 0:
         return torch.empty(first.shape, dtype=torch.float64, device=first.device)
     base = second.max() + 1
     pairs, place = torch.unique(first * base + second, return_inverse=True)
     left, right = (pairs // base).tolist(), (pairs % base).tolist()
-    values = [float(function(a, b)) for a, b in zip(left, right, strict=True)]
+    values = [float(function(similarity, a, b)) for a, b in zip(left, right, strict=True)]
     return torch.tensor(values, dtype=torch.float64, device=first.device)[place]
 
 

@@ -34,6 +34,7 @@ from pretrain.losses.exchange import Layout, add_over_ranks, gather_rows
 from pretrain.losses.mates import find_mates
 from pretrain.losses.operators import count_equal
 from pretrain.losses.sets import BatchSets, collapse
+from pretrain.losses.similarity import WEIGHTED_SLACK
 from pretrain.losses.targets import LossConfig
 from pretrain.losses.tiles import SetTiles, make_tiles
 from pretrain.losses.weights import ObjectWeights
@@ -107,7 +108,7 @@ def make_softclip_targets(
     sums, similar = _LogSums(layout, device), torch.zeros((), dtype=torch.int64, device=device)
     for rows, columns in blocks_of(layout.counts[layout.rank], size, device):
         iou = tiles.iou(rows, columns)
-        similar += (iou >= 0.5).sum()
+        similar += (iou >= 0.5 * (1 - WEIGHTED_SLACK)).sum()
         sums.add(rows, columns, _exponents(iou, _mates_in(tiles, rows, columns), config.temperature))
     of_images, of_texts = sums.finish()
     numbers = mates.numbers.double()

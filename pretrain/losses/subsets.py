@@ -69,8 +69,8 @@ class Overlaps:
         )
 
 
-def find_overlaps(classes: SetClasses) -> Overlaps:
-    """Returns what the sets of a batch share."""
+def find_overlaps(classes: SetClasses, most_pairs: float = float("inf")) -> Overlaps | None:
+    """Returns what the sets of a batch share; None where more than `most_pairs` pairs would have to be listed."""
     num, device = len(classes), classes.sizes.device
     of_image, of_text = (torch.zeros(num, dtype=torch.bool, device=device) for _ in range(2))
     of_image[classes.of_images], of_text[classes.of_texts] = True, True
@@ -92,6 +92,8 @@ def find_overlaps(classes: SetClasses) -> Overlaps:
     _, ids = keep(classes.rows, classes.ids)
     keys = ids.rows * max(1, ids.count) + ids.subsets  # ascending, because ids ascend within a class
     is_large = _large_rows(ids, num)
+    if _pairs_to_list(ids, is_large) > most_pairs:
+        return None
 
     small = ~is_large[ids.rows]
     _, level = keep(ids.rows[small], ids.subsets[small])
@@ -104,6 +106,9 @@ def find_overlaps(classes: SetClasses) -> Overlaps:
         kept, level = keep(rows[owner], prefix[owner] * max(1, items.count) + items.subsets[place])
         levels.append(level)
         last = place[kept]
+    shared_by = torch.bincount(levels[-1].subsets).double()
+    if float((shared_by * (shared_by - 1)).sum()) > most_pairs:
+        return None
     pairs = _joined(
         _pairs_of_large_rows(ids, is_large, num), _pairs_of_one_bucket(levels.pop(), ids, keys, num), device
     )
@@ -118,6 +123,12 @@ def _large_rows(ids: Level, num: int) -> Tensor:
     holders = torch.bincount(ids.subsets, minlength=ids.count)
     pairs = torch.zeros_like(subsets).index_add_(0, ids.rows, holders[ids.subsets])
     return subsets > pairs
+
+
+def _pairs_to_list(ids: Level, is_large: Tensor) -> float:
+    """Returns how many pairs the large rows have, those of several ids counted as often."""
+    holders = torch.bincount(ids.subsets, minlength=ids.count)
+    return 2 * float(holders[ids.subsets[is_large[ids.rows]]].sum())
 
 
 def _pairs_of_large_rows(ids: Level, is_large: Tensor, num: int) -> Pairs | None:

@@ -9,7 +9,7 @@ Letters: N pairs of the batch, K kinds of rows.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -54,18 +54,25 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         self.find_target()
+        for entry in dataclasses.fields(self):
+            kind = get_type_hints(LossConfig)[entry.name]
+            allowed = get_args(kind)
+            if get_origin(kind) is Literal and getattr(self, entry.name) not in allowed:
+                raise ValueError(
+                    f"{entry.name} must be one of {', '.join(allowed)}, found {getattr(self, entry.name)!r}"
+                )
         for name in ("beta", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie in (0, 1], found {self.threshold}")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be positive, found {self.temperature}")
         if not self.teacher_temperature >= 0.02:
             raise ValueError(f"teacher_temperature must be at least 0.02, found {self.teacher_temperature}")
-        if not all(0 <= share <= 1 for share in self.hard_share):
-            raise ValueError(f"hard_share must lie in [0, 1], found {self.hard_share}")
-        if self.negatives_weight < 0:
+        if len(self.hard_share) != 2 or not all(0 <= share <= 1 for share in self.hard_share):
+            raise ValueError(f"hard_share must be two numbers in [0, 1], found {self.hard_share}")
+        if not self.negatives_weight >= 0:
             raise ValueError(f"negatives_weight must not be negative, found {self.negatives_weight}")
         if self.name == "softclip" and self.beta == 0:
             raise ValueError("softclip takes the logarithm of its targets: beta must be above 0, found 0")

@@ -103,6 +103,8 @@ class SetTiles:
     """True pairs off the diagonal"""
     first_pair: int
     """The text of this rank's first image"""
+    is_weighted: bool
+    """Whether objects count differently; else sizes and what is shared are whole numbers"""
     memory: tuple[Tensor, Tensor]
     """Two blocks: new memory for each would cost more than what is done with it"""
 
@@ -114,15 +116,28 @@ class SetTiles:
             .view(rows.stop - rows.start, -1)
         )
 
+    def is_exact(self, similarity: Similarity) -> bool:
+        """Whether a threshold is decided on whole numbers."""
+        return isinstance(similarity, AtLeast) and not self.is_weighted
+
+    def values(self, similarity: Similarity, rows: slice, columns: slice) -> Tensor:
+        """Returns the (R, C) similarities of a block, in memory that the next call overwrites."""
+        if isinstance(similarity, AtLeast) and self.is_exact(similarity):
+            return similarity.from_counts(*self._shared_and_union(rows, columns))
+        return similarity.from_iou(self.iou(rows, columns))
+
     def iou(self, rows: slice, columns: slice) -> Tensor:
         """Returns the (R, C) IoUs of a block, in memory that the next call overwrites."""
+        shared, union = self._shared_and_union(rows, columns)
+        return shared.div_(union.clamp_min_(_TINY))
+
+    def _shared_and_union(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         shared, union = (self.part_of_memory(number, rows, columns) for number in (0, 1))
         torch.mm(self.image_hot[rows], self.text_hot[columns].T, out=shared)
         self.rare.add_to(shared, rows, columns)
         true_in(shared, rows, columns, self.first_pair)[0].zero_()
         shared.view(-1).index_fill_(0, self.true.within(rows, columns, len(self.text_hot)), 0)
-        torch.add(self.image_sizes[rows, None], self.text_sizes[columns], out=union).sub_(shared)
-        return shared.div_(union.clamp_min_(_TINY))
+        return shared, torch.add(self.image_sizes[rows, None], self.text_sizes[columns], out=union).sub_(shared)
 
 
 def make_tiles(
@@ -157,6 +172,7 @@ def make_tiles(
         _rare(classes, of_my_images, rare, number, weight.to(dtype)),
         Places.of(mates.rows[true] - mine.start, mates.columns[true], len(of_my_images), size),
         mine.start,
+        weights is not None,
         (scratch(len(of_my_images), size, dtype, device), scratch(len(of_my_images), size, dtype, device)),
     )
 
@@ -194,6 +210,14 @@ def _rare(classes: SetClasses, of_my_images: Tensor, rare: Tensor, number: Tenso
     )
 
 
+def count_similar(tiles: SetTiles) -> Tensor:
+    """Returns how many other pairs of this rank's images have IoU ≥ 1/2, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=tiles.image_hot.device)
+    for rows, columns in blocks_of(len(tiles.image_hot), len(tiles.text_hot), tiles.image_hot.device):
+        total += AtLeast(0.5).from_iou(tiles.iou(rows, columns)).sum()
+    return total
+
+
 @dataclass(frozen=True)
 class Sums:
     """Of one direction, over each query's others. (N,) float64."""
@@ -228,7 +252,7 @@ def sum_others(
         overlaps = iou > 0
         add(1, other.copy_(overlaps))
         add(3, AtLeast(0.5).from_iou(other.copy_(iou)))
-        values = similarity.from_iou(iou)
+        values = tiles.values(similarity, rows, columns) if tiles.is_exact(similarity) else similarity.from_iou(iou)
         add(0, values)
         add(2, information(values).mul_(other.copy_(overlaps)))
     return Sums(*gather_rows(of_images.T.contiguous(), layout).T), Sums(*add_over_ranks(of_texts))
@@ -265,7 +289,7 @@ class SoftTiles:
 
     def block(self, rows: slice, columns: slice) -> Tensor:
         """Returns (R, C) of W, 0 for true pairs, in memory that the next call overwrites."""
-        values = self.similarity.from_iou(self.tiles.iou(rows, columns))
+        values = self.tiles.values(self.similarity, rows, columns)
         shares = self.tiles.part_of_memory(1, rows, columns)
         torch.add(self.image_shares[rows, None], self.text_shares[columns], out=shares)
         return values.mul_(shares)
