@@ -21,11 +21,11 @@ PIP_FLAGS := $(if $(INDEX_URL),--index-url $(INDEX_URL)) $(if $(EXTRA_INDEX_URL)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install img2dataset demo test check clean
+.PHONY: help install img2dataset vllm demo test test-llm check clean
 
 help: ## list the targets
 	@echo "Setclip. Targets:"
-	@sed -n 's/^\([a-z0-9]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo "Variables are described at the top of the Makefile."
 
 install: $(VENV)/.installed ## make .venv and install Setclip in it
@@ -34,6 +34,10 @@ img2dataset: $(VENV)/.installed ## make .venv-img2dataset, the downloader's own 
 	@$(if $(INDEX_URL),PIP_INDEX_URL=$(INDEX_URL)) $(if $(EXTRA_INDEX_URL),PIP_EXTRA_INDEX_URL=$(EXTRA_INDEX_URL)) \
 		$(BIN)/python -m data_prep.fetch setup
 
+vllm: $(VENV)/.installed ## make .venv-vllm, the language models' own environment (data_prep.parse_llm, data_prep.describe)
+	@$(if $(INDEX_URL),PIP_INDEX_URL=$(INDEX_URL)) $(if $(EXTRA_INDEX_URL),PIP_EXTRA_INDEX_URL=$(EXTRA_INDEX_URL)) \
+		$(BIN)/python -m data_prep.llm setup
+
 demo: $(VENV)/.installed ## run the whole road on the embedded corpus and write demo/report.html
 	@$(BIN)/python -m setclip.demo --out demo --overwrite True $(DEMO_FLAGS)
 	@echo "Open $(CURDIR)/demo/report.html in a browser."
@@ -41,13 +45,16 @@ demo: $(VENV)/.installed ## run the whole road on the embedded corpus and write 
 test: $(VENV)/.installed img2dataset ## run all tests that need only Python packages
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+test-llm: vllm ## run the tests with the real vLLM, which `make test` leaves out
+	@$(BIN)/python -m pytest -m "llm and not soak" $(PYTEST_FLAGS)
+
 check: $(VENV)/.installed ## lint, format check and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
 clean: ## remove .venv, the demo and caches; data/ and runs/ stay
-	@rm -rf $(VENV) .venv-img2dataset demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) .venv-img2dataset .venv-vllm demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed once, and again when the requirements change.

@@ -180,7 +180,8 @@ def stand_in_environment(folder: Path) -> Path:
     """Makes an environment whose `vllm` fails as the questions say; returns its folder.
 
     "refuse …" cannot be asked; "die N …" kills the engine where it comes, N times in all; "dead N …" raises vLLM's error of a
-    dead engine. `vllm run-batch` spoils its output likewise: "wrong id N …", "twice N …", "broken N …", "busy N …".
+    dead engine; "hang N …" kills the engine's own process, and nobody notices. `vllm run-batch` spoils its output likewise:
+    "wrong id N …", "twice N …", "broken N …", "busy N …".
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -198,7 +199,7 @@ def stand_in_environment(folder: Path) -> Path:
 
 _VLLM = {
     "__init__.py": '''
-import os, signal, sys, time
+import multiprocessing, os, signal, sys, time
 from types import SimpleNamespace as Some
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -222,6 +223,9 @@ class LLM:
         if model == "org/unloadable":
             raise RuntimeError("this model has no weights")
         self.model_config = Some(max_model_len=max_model_len)
+        self.llm_engine = Some(has_unfinished_requests=lambda: False)
+        self._engine = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+        self._engine.start()
 
     def get_tokenizer(self):
         def template(messages, tokenize, add_generation_prompt, **options):
@@ -235,6 +239,9 @@ class LLM:
                 raise ValueError("cannot render " + question)
             if times(question, "die"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if times(question, "hang"):
+                self._engine.kill()
+                time.sleep(600)
             if times(question, "dead"):
                 raise EngineDeadError("the engine is dead")
         return [self._output(q, p.settings["max_tokens"]) for q, p in zip(questions, params)]

@@ -479,6 +479,15 @@ def test_an_engine_that_dies_is_started_again_and_each_request_is_answered_once(
     assert capsys.readouterr().err.count("starting it again") == 3
 
 
+@pytest.mark.slow
+def test_an_engine_whose_death_vllm_does_not_notice_is_started_again(tmp_path, stand_in, memory, capsys):
+    asked = requests(20)
+    asked[10] = request("hang 1 here")
+    answers = ask(asked, tmp_path / "run", offline(stand_in), description="t")
+    assert_each_has_its_own_once(answers, asked, tmp_path / "run")
+    assert "ended with status 70" in capsys.readouterr().err
+
+
 def test_an_engine_that_always_dies_is_given_up(tmp_path, stand_in, memory):
     asked = requests(40)
     asked[25] = request("die 99 here")

@@ -27,7 +27,8 @@ class RunnerConfig:
     max_model_len: int = 2048
     """Tokens of prompt and answer together; the engine's memory is planned for it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Numbers of the weights; auto takes the model's own. A server behind --runner http has its own."""
+    """Numbers of the weights; auto takes the model's own (float32 without a GPU). A server behind --runner http has its
+    own."""
     seed: int = 0
     """Seed of the engine; at temperature 0 it decides nothing in most models."""
     chat_options: str = "{}"

@@ -33,6 +33,10 @@ def engine_arguments(job: Job, place: Environment) -> dict[str, Any]:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
     else:
         arguments["enforce_eager"] = True  # compiling takes 20 s a start, more than it saves a small model
+        if config.dtype == "auto":
+            arguments["dtype"] = (
+                "float32"  # SmolLM2-135M answers four times as fast as in bfloat16, which vLLM would take
+            )
     return {**arguments, **parsed_options(config.engine_options, "engine_options")}
 
 

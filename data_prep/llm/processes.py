@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -37,6 +38,8 @@ def guarded(
         pass_fds=tuple(keep_open),
         start_new_session=True,  # a Ctrl-C is ours alone, and all its processes can be killed at once
     )
+    # Children that outlive the command hold its standard output open, so a reader would wait for its end for ever.
+    threading.Thread(target=_end_group, args=(process,), daemon=True).start()
     try:
         yield process
     finally:
@@ -46,6 +49,12 @@ def guarded(
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 stream.close()
+
+
+def _end_group(process: "subprocess.Popen[bytes]") -> None:
+    process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def end_of(log: Path) -> str:
