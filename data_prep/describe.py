@@ -22,7 +22,7 @@ import tyro
 from data_prep import output
 from data_prep.llm import description_answers, places
 from data_prep.llm.account import Account
-from data_prep.llm.config import RunnerConfig
+from data_prep.llm.config import RunnerConfig, answer_settings, merge_command, settings_line
 from data_prep.llm.prompts import DESCRIPTION_FIRST, DESCRIPTION_SECOND, request_id
 from data_prep.parts import part_of
 from setclip.config import command, parse
@@ -58,7 +58,7 @@ class DescribeConfig(RunnerConfig):
     parts: int | None = None
     """Number of jobs that share the questions; SLURM_ARRAY_TASK_COUNT where that is set."""
     merge: bool = False
-    """Whether to write descriptions.parquet from the answers of all parts; asks nothing."""
+    """Whether to write descriptions.parquet from the answers of all parts; asks nothing, and takes their settings."""
 
 
 def describe(config: DescribeConfig) -> DescriptionTable | None:
@@ -69,22 +69,21 @@ def describe(config: DescribeConfig) -> DescriptionTable | None:
     Manifest.load(config.folder)  # raises at once where there are no shards, or half written ones
     names = _names(config)
     part, parts = (0, 1) if config.merge else part_of(config.part, config.parts)
-
     base = places.folder_of(config.folder, config.model, "descriptions")
     if config.merge:
-        begun = places.begun_parts(base)
-        if begun is None:
-            raise InputError(
-                f"expected answers of {config.model} in {base}, found none; ask first: the same command without --merge"
-            )
-        parts = begun
+        parts = places.begun_parts(base, config.model)
     places.check_parts(base, parts)
+    if not config.merge and not (places.part_folder(base, part, parts) / PART_ACCOUNT_NAME).exists():
+        from data_prep.llm import client
+
+        client.check(config)  # before anything is made for a wrong model
     (base / WORK_NAME).mkdir(parents=True, exist_ok=True)
     if not config.merge:
         with output.locked(base, part, parts):
             _ask_part(config, names, base, part, parts)
         if parts > 1:
-            say(f"part {part} of {parts} is done; after the last one: the same command with --merge True alone")
+            command = merge_command("data_prep.describe", config.folder, config)
+            say(f"part {part} of {parts} is done; after the last one: {command}")
             return None
     with output.locked(base):
         return _write(config, names, base, parts)
@@ -116,6 +115,7 @@ def _ask_part(config: DescribeConfig, names: Sequence[str], base: Path, part: in
 
     folder = places.part_folder(base, part, parts)
     remove_partial(folder)
+    (folder / PART_ACCOUNT_NAME).unlink(missing_ok=True)  # a merge must not take those of answers that were removed
     outcomes, account = questions.ask_twice(
         mine, (DESCRIPTION_FIRST, DESCRIPTION_SECOND), folder, questions.runner_of(config), check, "descriptions"
     )
@@ -132,33 +132,23 @@ def _ask_part(config: DescribeConfig, names: Sequence[str], base: Path, part: in
     write_descriptions(
         folder / PART_NAME, DescriptionTable(places.model_name(config.model), config.objects, config.of, rows)
     )
-    write_json(folder / PART_ACCOUNT_NAME, {"version": _version(config), "account": account.to_dict()})
+    notes = {**answer_settings(config), "version": _rules(config), "account": account.to_dict()}
+    write_json(folder / PART_ACCOUNT_NAME, notes)
 
 
 def _write(config: DescribeConfig, names: Sequence[str], base: Path, parts: int) -> DescriptionTable:
     """Joins the parts' descriptions."""
-
     from data_prep import report
 
-    folders = [places.part_folder(base, part, parts) for part in range(parts)]
-    missing = [str(part) for part, folder in enumerate(folders) if not (folder / PART_ACCOUNT_NAME).exists()]
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise InputError(
-            f"expected the descriptions of all {parts} parts in {base}, found none of part {', '.join(missing[:10])}{more}; "
-            f"start these again with --part and --parts {parts}, then merge"
-        )
+    paths = places.finished_parts(base, parts, PART_ACCOUNT_NAME)
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    accounts = [Account.from_dict(each.pop("account")) for each in notes]
+    places.check_alike(base, notes, _rules(config))
     account = Account()
     found: dict[str, Description] = {}
-    for part, folder in enumerate(folders):
-        notes = json.loads((folder / PART_ACCOUNT_NAME).read_text(encoding="utf-8"))
-        if notes["version"] != _version(config):
-            raise InputError(
-                f"expected descriptions made as {_version(config)}, found those of part {part} made as {notes['version']}; "
-                "start each part again with the same flags (answers that are there are not asked again), then merge"
-            )
-        account.add(Account.from_dict(notes["account"]))
-        found.update((row.name, row) for row in read_descriptions(folder / PART_NAME).rows)
+    for path, of_part in zip(paths, accounts, strict=True):
+        account.add(of_part)
+        found.update((row.name, row) for row in read_descriptions(path.with_name(PART_NAME)).rows)
     if absent := [name for name in names if name not in found]:
         raise InputError(
             f"expected a description of each of {len(names):,} objects, found none of {absent[0]!r} and {len(absent) - 1:,} "
@@ -173,7 +163,11 @@ def _write(config: DescribeConfig, names: Sequence[str], base: Path, parts: int)
     write_descriptions(config.folder / DESCRIPTIONS_NAME, table)
     write_json(
         config.folder / places.FOLDER / places.DESCRIPTION_ACCOUNT_NAME,
-        {"model": table.model, "version": _version(config), "account": account.to_dict()},
+        {
+            "model": table.model,
+            "version": f"{settings_line(table.model, notes[0])}, {_rules(config)}",
+            "account": account.to_dict(),
+        },
     )
     if parts > 1:
         account.say("descriptions", "left empty")
@@ -182,12 +176,11 @@ def _write(config: DescribeConfig, names: Sequence[str], base: Path, parts: int)
     return table
 
 
-def _version(config: DescribeConfig) -> str:
-
+def _rules(config: DescribeConfig) -> str:
+    """Returns what is asked, and how answers are checked."""
     return (
-        f"{places.model_name(config.model)}, max {config.max_tokens} of {config.max_model_len} tokens, prompts "
-        f"{DESCRIPTION_FIRST.name} and {DESCRIPTION_SECOND.name}, answer rules {description_answers.RULES_VERSION}, "
-        f"{config.of} of {config.objects}"
+        f"prompts {DESCRIPTION_FIRST.name} and {DESCRIPTION_SECOND.name}, answer rules "
+        f"{description_answers.RULES_VERSION}, {config.of} of {config.objects}"
     )
 
 

@@ -25,7 +25,7 @@ from data_prep import output, pos_config, rewrite
 from data_prep.llm import object_answers, places
 from data_prep.llm.account import UNSAID, Account
 from data_prep.llm.agreement import agreement
-from data_prep.llm.config import RunnerConfig
+from data_prep.llm.config import RunnerConfig, answer_settings, merge_command, settings_line
 from data_prep.llm.prompts import OBJECTS_FIRST, OBJECTS_SECOND
 from data_prep.parallel import run_tasks
 from data_prep.parts import part_of
@@ -33,7 +33,7 @@ from data_prep.pos_config import PosConfig
 from data_prep.rewrite import ObjectLists, Rewrite
 from setclip.config import command, parse
 from setclip.errors import InputError
-from setclip.files import remove_partial, write_json
+from setclip.files import remove_partial, sha256_of, write_json
 from setclip.log import say
 from setclip.manifest import WORK_NAME, Manifest, check_shards
 from setclip.shards import Sample, Shard, ShardInfo
@@ -53,7 +53,7 @@ class ParseLlmConfig(RunnerConfig):
     parts: int | None = None
     """Number of jobs that share the questions; SLURM_ARRAY_TASK_COUNT where that is set."""
     merge: bool = False
-    """Whether to write the shards from the answers of all parts; asks nothing."""
+    """Whether to write the shards from the answers of all parts; asks nothing, and takes their settings."""
     wordnet: Path | None = None
     """Folder of WordNet's database (/usr/share/wordnet after `apt install wordnet-base`): an object that is a synonym of a
     word of the caption then counts as mentioned. Without it synonyms are not known and carry the flag."""
@@ -74,35 +74,39 @@ def parse_llm(config: ParseLlmConfig) -> Manifest | None:
             f"{sorted(manifest.parsers) or 'none'} in {config.folder}; run `python -m data_prep.parse {config.folder}` first"
         )
     part, parts = (0, 1) if config.merge else part_of(config.part, config.parts)
-    begun_by = rewrite.unfinished(config.folder)
-    if begun_by is not None and begun_by["parser"] != NAME:
-        raise InputError(
-            f"expected whole shards in {config.folder}, found an unfinished parse by {begun_by['version']}; let it end first: "
-            f"`{begun_by['command']}`"
-        )
-
+    begun_by = _unfinished(config.folder)
     base = places.folder_of(config.folder, config.model, "objects")
     if begun_by is not None and parts > 1:
         say(f"all parts are done, and the shards half written; go on with {begun_by['command']}")
         return None
     is_answered = config.merge or begun_by is not None  # half written shards cannot be read
     if is_answered:
-        begun = places.begun_parts(base)
-        if begun is None:
-            raise InputError(
-                f"expected answers of {config.model} in {base}, found none; ask first: the same command without --merge"
-            )
-        parts = begun
+        parts = places.begun_parts(base, config.model)
     places.check_parts(base, parts)
+    if not is_answered and not (places.part_folder(base, part, parts) / PART_RESULTS_NAME).exists():
+        from data_prep.llm import client
+
+        client.check(config)  # before all captions are read
     (base / WORK_NAME).mkdir(parents=True, exist_ok=True)
     if not is_answered:
         with output.locked(base, part, parts):
             _ask_part(config, manifest, base, part, parts)
         if parts > 1:
-            say(f"part {part} of {parts} is done; after the last one: {_command(config)} --merge True")
+            say(f"part {part} of {parts} is done; after the last one: {_merge_command(config)}")
             return None
     with output.locked(base):
-        return _write(config, manifest, base, parts)
+        return _write(config, base, parts)
+
+
+def _unfinished(folder: Path) -> dict[str, Any] | None:
+    """Returns what began an unfinished parse by a language model. Raises InputError where another parser began one."""
+    begun_by = rewrite.unfinished(folder)
+    if begun_by is not None and begun_by["parser"] != NAME:
+        raise InputError(
+            f"expected whole shards in {folder}, found an unfinished parse by {begun_by['version']}; let it end first: "
+            f"`{begun_by['command']}`"
+        )
+    return begun_by
 
 
 def captions_of(shard: Shard) -> Iterator[list[str]]:
@@ -136,6 +140,7 @@ def _ask_part(config: ParseLlmConfig, manifest: Manifest, base: Path, part: int,
 
     folder = places.part_folder(base, part, parts)
     remove_partial(folder)
+    (folder / PART_RESULTS_NAME).unlink(missing_ok=True)  # a merge must not take those of answers that were removed
     outcomes, account = questions.ask_twice(
         texts, (OBJECTS_FIRST, OBJECTS_SECOND), folder, questions.runner_of(config), check, "objects of captions"
     )
@@ -149,8 +154,13 @@ def _ask_part(config: ParseLlmConfig, manifest: Manifest, base: Path, part: int,
     account.unsaid = sum(map(len, unmentioned.values()))
     account.objects = sum(len(outcome.value) for outcome in outcomes.values() if outcome.value is not None)
     account.say("objects of captions", "with the objects of the parser pos")
-    settings = {"version": _version(config, manifest), "room": room, "synonyms": config.wordnet is not None}
-    object_results.write_part(folder / PART_RESULTS_NAME, outcomes, unmentioned, account, settings)
+    notes = {
+        **answer_settings(config),
+        "version": _rules(manifest),
+        "room": room,
+        "synonyms": config.wordnet is not None,
+    }
+    object_results.write_part(folder / PART_RESULTS_NAME, outcomes, unmentioned, account, notes)
 
 
 def _with_objects(checked: Any, objects: list[str]) -> Any:
@@ -183,46 +193,32 @@ def _captions_of_part(path: Path, room: int, part: int, parts: int) -> dict[str,
     return found
 
 
-def _write(config: ParseLlmConfig, manifest: Manifest, base: Path, parts: int) -> Manifest:
+def _write(config: ParseLlmConfig, base: Path, parts: int) -> Manifest:
     """Joins the parts' results and writes shards, statistics, report and manifest."""
     from data_prep import report
     from data_prep.llm import object_results
 
-    paths = [places.part_folder(base, part, parts) / PART_RESULTS_NAME for part in range(parts)]
-    missing = [str(part) for part, path in enumerate(paths) if not path.exists()]
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise InputError(
-            f"expected the answers of all {parts} parts in {base}, found none of part {', '.join(missing[:10])}{more}; start "
-            f"these again with --part and --parts {parts}, then merge"
-        )
-    version = _version(config, manifest)
+    begun_by = _unfinished(config.folder)
+    manifest = rewrite.load(config.folder)  # of now: asking took long
+    paths = places.finished_parts(base, parts, PART_RESULTS_NAME)
+    accounts, notes = zip(*map(object_results.read_notes, paths), strict=True)
+    rules = _rules(manifest)
+    places.check_alike(base, notes, rules)
     account = Account()
-    rooms = set()
-    for part, path in enumerate(paths):
-        of_part, settings = object_results.read_notes(path)
-        if settings["version"] != version:
-            raise InputError(
-                f"expected answers that were checked as {version}, found those of part {part} checked as "
-                f"{settings['version']}; start each part again (its answers are there: no engine starts), then merge"
-            )
-        account.add(of_part)
-        rooms.add(settings["room"])
-    if len(rooms) > 1:
-        raise InputError(
-            f"expected parts with one --max-model-len and --max-tokens, found captions cut to {sorted(rooms)} bytes; ask the "
-            "parts again with the same settings"
-        )
-    results = object_results.Results(config.folder / places.FOLDER / places.OBJECT_RESULTS_NAME, rooms.pop())
+    for each in accounts:
+        account.add(each)
+    results = object_results.Results(config.folder / places.FOLDER / places.OBJECT_RESULTS_NAME, notes[0]["room"])
     remove_partial(config.folder / places.FOLDER, "objects")
-    if rewrite.unfinished(config.folder) is None:
+    if begun_by is None:
         object_results.join(paths, results.path)
         _check_all_asked(config, manifest, results, parts)
+    settings = settings_line(places.model_name(config.model), notes[0])
+    version = f"{settings}, answers {sha256_of(results.path)[:16]}, {rules}"
     finish = partial(_finish, config, results, account, version)
     job = Rewrite(
         parser=NAME,
         version=version,
-        command=f"{_command(config)} --merge True",
+        command=_merge_command(config),
         objects=partial(_objects, results=results),
         finish=finish,
     )
@@ -281,7 +277,6 @@ def _by_pos(sample: Sample) -> ObjectLists:
 
 
 def _finish(config: ParseLlmConfig, results: Any, account: Any, version: str, infos: Sequence[ShardInfo]) -> None:
-
     agreed = agreement([Shard(config.folder / info.name) for info in infos], config.processes)
     write_json(
         config.folder / places.FOLDER / places.OBJECT_ACCOUNT_NAME,
@@ -307,19 +302,17 @@ def _pos(manifest: Manifest) -> PosConfig:
     return PosConfig(**settings)
 
 
-def _version(config: ParseLlmConfig, manifest: Manifest) -> str:
-    """Returns what the manifest says of this parser: equal versions give equal objects."""
+def _rules(manifest: Manifest) -> str:
+    """Returns how captions are asked about, and answers checked: with the answers it decides the objects."""
     from data_prep.llm import names
 
-    settings = f"max {config.max_tokens} of {config.max_model_len} tokens"
     asked = f"prompts {OBJECTS_FIRST.name} and {OBJECTS_SECOND.name}"
-    model = places.model_name(config.model)
-    rules = f"answer rules {object_answers.RULES_VERSION}, name rules {names.RULES_VERSION}"
-    return f"{model}, {settings}, {asked}, {rules}; else pos ({manifest.parsers[pos_config.NAME]})"
+    checked = f"answer rules {object_answers.RULES_VERSION}, name rules {names.RULES_VERSION}"
+    return f"{asked}, {checked}; else pos ({manifest.parsers[pos_config.NAME]})"
 
 
-def _command(config: ParseLlmConfig) -> str:
-    return f"python -m data_prep.parse_llm {config.folder} --model {config.model}"
+def _merge_command(config: ParseLlmConfig) -> str:
+    return merge_command("data_prep.parse_llm", config.folder, config)
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ The model is a real HTTP server that answers by rule (tests/llm_server.py); test
 """
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from llm_server import MODEL, RuleServer
 from material import sample, write_shards
 
-from data_prep.describe import DescribeConfig, describe
+from data_prep.describe import DescribeConfig, describe, main
 from data_prep.llm import description_answers
 from data_prep.llm.account import Account
 from data_prep.statistics import counted_shards, write_statistics
@@ -57,7 +59,7 @@ def run(folder: Path, server: RuleServer | None, **settings) -> DescriptionTable
     url = "http://127.0.0.1:9/v1" if server is None else server.url  # nothing listens at the discard port
     return describe(
         DescribeConfig(
-            folder=folder, model=MODEL, runner="http", url=url, **{"patience": 1.0, "retries": 1, **settings}
+            folder=folder, **{"model": MODEL, "runner": "http", "url": url, "patience": 1.0, "retries": 1, **settings}
         )
     )
 
@@ -133,8 +135,34 @@ def test_parts_merged_equal_one_part(folder, server, tmp_path):
 def test_parts_of_other_objects_are_not_merged(folder, server):
     for part in (0, 1):
         run(folder, server, of="tail", part=part, parts=2)
-    with pytest.raises(InputError, match=r"all of pos, found those of part 0 made as .* tail of pos; start each part"):
+    with pytest.raises(
+        InputError, match=r"all of pos, found those of part 0 checked as .* tail of pos; start each part"
+    ):
         run(folder, None, of="all", merge=True)
+
+
+def test_parts_that_were_asked_otherwise_are_not_merged(folder, server):
+    for part in (0, 1):
+        run(folder, server, of="all", part=part, parts=2, seed=part)
+    with pytest.raises(InputError, match=r"found in part 1 seed 1 \(part 0: 0\); .*remove .*part-00001-of-00002 first"):
+        run(folder, None, of="all", merge=True)
+
+
+def test_the_command_that_a_part_prints_merges_with_all_that_was_set(folder, server, monkeypatch, capsys):
+    for part in (0, 1):
+        run(folder, server, of="all", part=part, parts=2, max_tokens=100)
+    printed = capsys.readouterr().out.split("after the last one: ")[-1].strip()
+    monkeypatch.setattr(sys, "argv", shlex.split(printed.removeprefix("python -m ")))
+    main()
+    assert len(read_descriptions(folder).rows) == 8
+    account = json.loads((folder / "llm" / "descriptions.json").read_text())
+    assert account["version"].startswith(f"{MODEL}, max 100 of 2048 tokens, dtype auto, seed 0")
+
+
+def test_a_wrong_model_is_known_at_once_and_leaves_nothing(folder, server):
+    with pytest.raises(InputError, match="expected a server of typo"):
+        run(folder, server, model="typo")
+    assert not (folder / "llm").exists()
 
 
 def test_objects_of_a_parser_that_was_not_run_are_refused(folder):

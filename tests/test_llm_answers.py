@@ -33,6 +33,11 @@ def description(text: str, name: str = "teapot", **changes):
     return description_answers.check(name, answered(text, **changes))
 
 
+def second_description(text: str, name: str):
+    answer = Answer(request_id(DESCRIPTION_SECOND, name), text, "stop", 10, 5, None)
+    return description_answers.check(name, answer)
+
+
 @pytest.fixture(scope="module")
 def parser():
     return NameParser()
@@ -48,7 +53,13 @@ def parser():
         ("dog, frisbee, grass.", ("full stop",)),
         ("dog, frisbee, and grass", ("and",)),
         ("dog, frisbee and grass", ("and",)),
-        ("dog; frisbee; grass", ("semicolons",)),
+        ("dog; frisbee; grass", ("separators",)),
+        ("dog，frisbee，grass", ("separators",)),
+        ("dog、frisbee、grass。", ("separators", "full stop")),
+        ("dog；frisbee；grass", ("separators",)),
+        ("dog\tfrisbee\tgrass", ("separators",)),
+        ("| dog | frisbee | grass |", ("separators",)),
+        ("dog • frisbee • grass", ("separators",)),
         ("dog\nfrisbee\ngrass\n", ("one a line",)),
         ("1. dog\n2. frisbee\n3. grass", ("numbering", "one a line")),
         ("(1) dog, (2) frisbee, (3) grass", ("numbering", "one a line")),
@@ -63,7 +74,44 @@ def parser():
         ),
         ('"dog", "frisbee", "grass"', ("quotes",)),
         ("dog (brown), frisbee, grass", ("brackets",)),
+        ("[dog, frisbee, grass]", ("brackets",)),
+        ("(dog, frisbee, grass).", ("brackets",)),
+        ("{dog (brown), frisbee, grass}", ("brackets",)),
+        ("dog (brown)\n(red) frisbee\ngrass", ("brackets", "one a line")),
+        ("['dog', 'frisbee', 'grass']", ("brackets", "quotes")),
+        ('["dog","frisbee","grass"]', ("json",)),
+        ('{"objects": ["dog", "frisbee", "grass"]}', ("json",)),
+        ('{"caption": "a dog", "objects": ["dog", "frisbee", "grass"]}', ("json",)),
+        ('```json\n[\n  "dog",\n  "frisbee",\n  "grass"\n]\n```', ("markdown", "json")),
+        (
+            'Here are the objects:\n```json\n{"objects": ["dog", "frisbee", "grass"]}\n```',
+            ("markdown", "lead-in", "json"),
+        ),
+        ("| Object |\n|---|\n| dog |\n| frisbee |\n| grass |", ("table",)),
+        ("| # | **Objects** |\n|:-|-:|\n| 1 | dog |\n| 2 | frisbee |\n| 3 | grass |", ("markdown", "table")),
+        ("dog, frisbee, grass<|im_end|>", ("special tokens",)),
+        ("<s>dog, frisbee, grass</s>", ("special tokens",)),
+        ("<|im_start|>assistant\ndog, frisbee, grass", ("special tokens",)),
+        ("dog, frisbee, grass, etc", ("and more",)),
+        ("dog, frisbee, grass etc.", ("and more",)),
+        ("dog, frisbee, grass, and more.", ("and more",)),
+        ("dog, frisbee, grass and other things", ("and more",)),
+        ("dog. frisbee. grass.", ("full stop", "full stops")),
+        ("dog, frisbee, grass, none", ()),
         ("Objects: dog, frisbee, grass", ("lead-in",)),
+        ("Objects\n\n- dog\n- frisbee\n- grass", ("lead-in", "bullets", "one a line")),
+        (
+            "The caption contains the following objects:\n\n1. dog\n2. frisbee\n3. grass",
+            ("lead-in", "numbering", "one a line"),
+        ),
+        ("Based on the caption, the objects are: dog, frisbee, grass", ("lead-in",)),
+        ("In the image: dog, frisbee, grass", ("lead-in",)),
+        ("Based on the caption, dog, frisbee, grass", ("lead-in",)),
+        ("Here's the list: dog, frisbee, grass", ("lead-in",)),
+        ("Item 1: dog\nItem 2: frisbee\nItem 3: grass", ("lead-in", "numbering", "one a line")),
+        ("In the image, there are dog, frisbee, grass", ("lead-in",)),
+        ("The image contains the following objects: dog, frisbee, grass", ("lead-in",)),
+        ("The following objects are in the caption: dog, frisbee, grass", ("lead-in",)),
         ("The objects contained in the caption are dog, frisbee, grass", ("lead-in",)),
         ("Sure! Here are the objects in the image:\n\ndog, frisbee, grass", ("lead-in",)),
         ("dog, frisbee, dog, grass", ("duplicates",)),
@@ -81,6 +129,19 @@ def test_what_a_rule_can_set_right_is_set_right_and_named(text, repairs):
         ("", object_answers.EMPTY),
         ("  \n", object_answers.EMPTY),
         ("None.", object_answers.EMPTY),
+        ("no objects mentioned", object_answers.EMPTY),
+        ("No specific objects", object_answers.EMPTY),
+        ("None mentioned", object_answers.EMPTY),
+        ("There are no objects in the caption.", object_answers.EMPTY),
+        ("It does not mention objects", object_answers.EMPTY),
+        ("The caption doesn't mention any objects.", object_answers.EMPTY),
+        ("<|im_end|>", object_answers.EMPTY),
+        ("[]", object_answers.EMPTY),
+        ('{"objects": []}', object_answers.EMPTY),
+        ('{"objects": ["dog", "frisbee"', object_answers.SENTENCE),
+        ('{"objects": ["dog", "frisbee",]}', object_answers.SENTENCE),
+        ('{"objects":\n  ["dog", "frisbee",]}', object_answers.SENTENCE),
+        ("A dog runs fast. Grass grows.", object_answers.SENTENCE),
         (CAPTION, object_answers.ECHO),
         ("a dog plays with a frisbee on the grass near two children", object_answers.ECHO),
         ("dog plays with a frisbee", object_answers.ECHO),
@@ -102,6 +163,10 @@ def test_a_bad_list_is_refused_with_its_reason(text, reason):
     assert (checked.value, checked.reason) == (None, reason)
 
 
+def test_brackets_without_end_stop_nothing():
+    assert objects('["dog", ' + "[" * 3000).value == ["dog"]
+
+
 def test_an_answer_that_did_not_end_by_itself_is_bad():
     assert objects("dog, frisbee, gra", finish_reason="length").reason == object_answers.LENGTH
     assert objects("dog", finish_reason="content_filter").reason == object_answers.FINISH
@@ -117,7 +182,45 @@ def test_a_caption_that_is_a_list_is_its_own_right_answer():
     assert objects("Cat.", caption="A cat.").value == ["Cat"]
 
 
+@pytest.mark.parametrize(
+    ("caption", "text", "expected"),
+    [
+        ("Route 66 sign", "Route 66, sign", ["Route 66", "sign"]),
+        ("Table, chairs, big red umbrella", "Table, chairs, big red umbrella", ["Table", "chairs", "big red umbrella"]),
+        ("A dog runs", "A dog\nruns", ["A dog", "runs"]),
+        ("A dog runs", "A dog runs", None),
+        ("A dog runs, while the children play", "A dog runs, while the children play", None),
+    ],
+)
+def test_a_caption_cut_into_names_is_no_echo(caption, text, expected):
+    checked = objects(text, caption)
+    assert (checked.value, checked.reason) == (expected, "" if expected else object_answers.ECHO)
+
+
+def test_a_caption_without_spaces_has_room_for_objects_but_not_for_any_number():
+    many = "狗, 飞盘, 草地, 孩子, 树, 天空"
+    assert objects(many, caption="一只狗和两个孩子在草地上玩飞盘").value == many.split(", ")
+    assert objects(many, caption="狗").reason == object_answers.TOO_MANY
+
+
 # --- names become objects
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"objects": ["dog", "frisbee"]}', ["dog", "frisbee"]),
+        ("The caption contains the following objects:\n\n1. Dog\n2. Frisbee\n3. Children", ["dog", "frisbee", "child"]),
+        ("The caption describes a dog, a frisbee, and grass.", ["dog", "frisbee", "grass"]),
+        ("Dog. Frisbee. Grass.", ["dog", "frisbee", "grass"]),
+        ("St. Bernard dog, snow", ["st bernard dog", "snow"]),
+        ("Mt. Fuji, lake", ["mt fuji", "lake"]),
+        ("list box, items shelf, wall", ["list box", "items shelf", "wall"]),
+        ("no parking sign, street", ["parking sign", "street"]),
+    ],
+)
+def test_an_answer_becomes_objects(parser, text, expected):
+    assert parser.objects([objects(text).value]) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +291,7 @@ def test_a_folder_without_wordnet_says_where_it_comes_from(tmp_path):
             "A teapot is a round pot.",
             ("closing words",),
         ),
+        ("A teapot is a round pot.<|im_end|>", "A teapot is a round pot.", ("special tokens",)),
         ("1. A teapot is round\n2. It has a spout", "A teapot is round; It has a spout", ("list",)),
     ],
 )
@@ -203,7 +307,10 @@ def test_a_description_is_made_one_plain_paragraph(text, expected, repairs):
         ("teapot", description_answers.SHORT),
         ("I'm sorry, but I can't help with that.", description_answers.REFUSAL),
         ("Please briefly introduce the appearance of teapot in ordinary language", description_answers.PROMPT_ECHO),
-        ("A long, thin neck that is often used to describe a heron.", description_answers.EXAMPLE),
+        ("As an AI, I have not seen it.", description_answers.REFUSAL),
+        ("I'm currently unable to describe a teapot.", description_answers.REFUSAL),
+        ("Unable to see the teapot.", description_answers.REFUSAL),
+        ("<|im_end|>", description_answers.EMPTY),
         ("It is good to be alive, and we love this day.", description_answers.OFF_TOPIC),
         ("a teapot is a teapot is a teapot is a teapot is", description_answers.LOOP),
         (" ".join(f"teapot{number}" for number in range(200)), description_answers.LONG),
@@ -212,6 +319,56 @@ def test_a_description_is_made_one_plain_paragraph(text, expected, repairs):
 def test_a_bad_description_is_refused_with_its_reason(text, reason):
     checked = description(text)
     assert (checked.value, checked.reason) == (None, reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("plane", "A plane, also known as an airplane, has two wings."),
+        ("cane", "A cane is a long stick, used as an aid when walking."),
+        ("wall", "A wall may have a pattern such as a textured surface."),
+        ("plant", "A plant such as an artificial one is green."),
+        ("robot", "A robot, also known as an AI machine, is made of metal."),
+        ("blindfold", "A blindfold covers the eyes so that the wearer is unable to see."),
+        ("stork", "A stork is a white bird that looks like a heron, with a red beak."),
+    ],
+)
+def test_words_of_a_refusal_or_an_example_do_not_make_one(name, text):
+    checked = description(text, name)
+    assert (checked.value, checked.flags) == (text, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("stork", "A stork is a white bird that looks like a heron, with a red beak.", ""),
+        ("heron", "Herons are tall grey birds with long thin legs.", ""),
+        ("dog", "A dog is a tall grey bird with long thin legs.", description_answers.EXAMPLE),
+        ("dog", "Herons are big, but the dog is small.", description_answers.EXAMPLE),
+        ("dog", "A long, thin neck that is often used to describe a heron.", description_answers.EXAMPLE),
+    ],
+)
+def test_after_examples_an_answer_about_one_of_them_is_bad(name, text, reason):
+    assert second_description(text, name).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "is_named"),
+    [
+        ("foot", "Feet have five toes and soft skin.", True),
+        ("goose", "Geese are large birds with long necks.", True),
+        ("city", "Cities have tall buildings.", True),
+        ("knife", "Knives are sharp and long.", True),
+        ("dog", "The dog's fur is brown.", True),
+        ("polar bear", "These bears are large and white.", True),
+        ("sea shore", "A seashore is flat and wide.", True),
+        ("city", "A citizen wears a hat.", False),
+        ("city", "Electricity comes from a metal box.", False),
+        ("car", "A card is a flat piece of paper.", False),
+    ],
+)
+def test_a_class_is_named_by_whole_words_in_the_singular_or_plural(name, text, is_named):
+    assert description(text, name).flags == (() if is_named else (description_answers.UNNAMED,))
 
 
 def test_a_description_that_met_the_limit_is_cut_at_its_last_full_sentence_or_bad():

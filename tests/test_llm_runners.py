@@ -156,6 +156,16 @@ def test_a_folder_keeps_the_settings_that_decide_its_answers(tmp_path, server, s
         ask(requests(2), tmp_path, http(server, **setting), description="test")
 
 
+def test_a_folder_without_an_answer_takes_other_settings(tmp_path, server):
+    server.models = answer({"data": [{"id": "other"}]})
+    with pytest.raises(InputError, match="found other"):
+        ask(requests(3), tmp_path, http(server), description="test")
+    answers = ask(requests(2), tmp_path, http(server, model="other", max_tokens=9), description="test")
+    assert_each_has_its_own_once(answers, requests(2), tmp_path)
+    kept = [json.loads(line)["body"] for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert [(body["model"], body["max_tokens"]) for body in kept] == [("other", 9)] * 2
+
+
 def test_captions_that_no_encoding_takes_and_odd_characters_go_through(tmp_path, server):
     asked = [request("half \ud83d pair", 0), request("line\u2028separator \x00 \n é 日本", 1)]
     answers = ask(asked, tmp_path, http(server), description="test")
@@ -308,12 +318,38 @@ def test_a_server_that_refuses_everything_stops_a_long_run_without_a_trace(tmp_p
 
 
 @pytest.mark.parametrize("fail", [status(500, "boom"), reset], ids=["500", "reset"])
-def test_a_request_that_fails_every_time_is_given_up_while_the_server_answers_others(tmp_path, server, fail):
-    server.failures["question 1"] = [fail] * 9
-    answers = ask(requests(5), tmp_path, http(server, retries=2), description="test")
-    assert (answers["id-1"].error or "").startswith("given up after 3 tries: ")
-    assert server.asked["question 1"] == 3
-    assert sum(a.error is None for a in answers.values()) == 4
+def test_a_request_that_fails_while_others_are_answered_is_given_up_for_now_and_asked_next_time(tmp_path, fail):
+    with ChatServer(pause=0.02) as server:
+        server.failures["question 1"] = [fail] * 2
+        with pytest.raises(InputError, match=r"found 1 of them given up \(first: id-1, .*start the same command again"):
+            ask(requests(120), tmp_path, http(server, retries=1), description="test")
+        assert len(answer_ids(tmp_path)) == 119
+        answers = ask(requests(120), tmp_path, http(server, retries=1), description="test")
+        assert_each_has_its_own_once(answers, requests(120), tmp_path)
+        assert server.asked["question 1"] == 3
+        assert server.asked.total() == 122
+
+
+def test_a_server_that_fails_at_every_request_is_waited_for_as_long_as_patience(tmp_path, server):
+    for number in range(6):
+        server.failures[f"question {number}"] = [status(500, "boom")] * 2
+    answers = ask(requests(6), tmp_path / "passing", http(server, retries=0, concurrency=6), description="test")
+    assert_each_has_its_own_once(answers, requests(6), tmp_path / "passing")
+    server.failures["question 0"] = [status(500, "boom")] * 99
+    with pytest.raises(InputError, match=r"found none in \d s; the last try: status 500 \(boom\)"):
+        ask(requests(1), tmp_path / "lasting", http(server, retries=0, patience=0.5), description="test")
+    assert answer_ids(tmp_path / "lasting") == []
+
+
+def test_errors_are_asked_again_once_their_lines_are_removed_as_the_documentation_says(tmp_path, server):
+    (line,) = [line for line in (ROOT / "docs" / "llm.md").read_text().splitlines() if "sed -i" in line]
+    expression = line.split("sed -i '")[1].split("'")[0]
+    server.failures["question 2"] = [status(400, "too long")]
+    asked = [*requests(5), request('"error":{"code"', 5)]
+    ask(asked, tmp_path, http(server), description="test")
+    subprocess.run(["sed", "-i", expression, tmp_path / "answers.jsonl"], check=True)
+    assert len(answer_ids(tmp_path)) == 5
+    assert_each_has_its_own_once(ask(asked, tmp_path, http(server), description="test"), asked, tmp_path)
 
 
 def test_a_busy_server_is_waited_for_however_often_it_says_so(tmp_path, server):
@@ -322,7 +358,9 @@ def test_a_busy_server_is_waited_for_however_often_it_says_so(tmp_path, server):
     assert answers["id-1"].error is None
 
 
-@pytest.mark.parametrize(("code", "advice"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "the address")])
+@pytest.mark.parametrize(
+    ("code", "advice"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "the address"), (307, "the address")]
+)
 def test_a_wrong_key_or_address_stops_at_once(tmp_path, server, code, advice):
     for number in range(50):
         server.failures[f"question {number}"] = [status(code, "not you")] * 9
@@ -362,6 +400,21 @@ def test_a_server_that_is_still_loading_is_waited_for(tmp_path, server):
 
     server.models = loading
     assert len(ask(requests(3), tmp_path, http(server), description="test")) == 3
+
+
+def test_a_look_at_the_server_asks_nothing_and_knows_a_wrong_model(server):
+    client.check(http(server))
+    with pytest.raises(InputError, match=r"expected a server of other .*, found stand-in"):
+        client.check(http(server, model="other"))
+    assert not server.asked
+
+
+def test_a_look_at_a_server_that_is_away_warns_at_once(capsys):
+    with ChatServer() as server:
+        config = http(server)
+    client.check(config)
+    assert "does not answer (no connection" in (said := capsys.readouterr().err)
+    assert "waiting up to 600 s for it (--patience)" in said
 
 
 def test_nobody_listening_for_longer_than_patience_is_an_error(tmp_path):
@@ -653,6 +706,8 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 def test_a_missing_environment_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(InputError, match=r"found none; make it with `python -m data_prep.llm setup --env "):
         ask(requests(1), tmp_path / "run", offline(tmp_path / "none"), description="t")
+    with pytest.raises(InputError, match=r"found none; make it with"):
+        client.check(offline(tmp_path / "none"))
 
 
 def test_an_environment_of_other_requirements_is_refused(tmp_path):

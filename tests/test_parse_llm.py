@@ -6,6 +6,7 @@ The model is a real HTTP server that answers by rule (tests/llm_server.py); test
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,10 @@ import pytest
 from llm_server import MODEL, RuleServer
 from prep_material import contents, write_tar
 
-from data_prep.llm import object_answers, prompts
+from data_prep.llm import object_answers, places, prompts
 from data_prep.llm.account import UNSAID, Account
 from data_prep.parse import ParseConfig, parse_again
-from data_prep.parse_llm import ParseLlmConfig, parse_llm
+from data_prep.parse_llm import ParseLlmConfig, main, parse_llm
 from data_prep.run import prepare
 from data_prep.sources.tars import TarsConfig
 from data_prep.statistics import write_statistics
@@ -84,11 +85,8 @@ def run(folder: Path, server: RuleServer | None, **settings) -> Manifest | None:
     return parse_llm(
         ParseLlmConfig(
             folder=folder,
-            model=MODEL,
-            runner="http",
-            url=url,
             processes=1,
-            **{"patience": 1.0, "retries": 1, **settings},
+            **{"model": MODEL, "runner": "http", "url": url, "patience": 1.0, "retries": 1, **settings},
         )
     )
 
@@ -130,7 +128,10 @@ def test_images_captions_and_other_objects_stay_as_they_are(shards, parsed):
 def test_manifest_statistics_and_report_follow(shards, parsed):
     manifest = Manifest.load(parsed)
     check_shards(parsed, manifest.shards, checksums=True)
-    assert manifest.parsers["llm"].startswith(f"{MODEL}, max 128 of 2048 tokens, prompts objects 1 and objects with")
+    assert manifest.parsers["llm"].startswith(
+        f"{MODEL}, max 128 of 2048 tokens, dtype auto, seed 0, chat options {{}}, engine options {{}}, answers "
+    )
+    assert ", prompts objects 1 and objects with" in manifest.parsers["llm"]
     assert manifest.parsers["llm"].endswith(f"else pos ({manifest.parsers['pos']})")
     assert manifest.plan == Manifest.load(shards).plan != ""
     assert read_objects(parsed, "llm").count_of("house") == 5
@@ -234,6 +235,112 @@ def test_a_merge_names_the_parts_that_are_not_done(shards, server, tmp_path):
     with pytest.raises(InputError, match="found none of part 0, 2; start these again with --part and --parts 3"):
         run(folder, server=None, merge=True)
     assert "llm" not in Manifest.load(folder).parsers
+
+
+def test_other_answers_come_into_the_shards(parsed, tmp_path):
+    folder = copied(parsed, tmp_path)
+    shutil.rmtree(folder / "llm" / MODEL)
+    with RuleServer(lambda messages: ("kite", "stop")) as other:
+        run(folder, other)
+    assert all(names == ["kite"] for names in objects_of(folder).values())
+    assert read_objects(folder, "llm").names == ["kite"]
+    assert account_of(folder)["agreement"]["mean_iou"] == 0
+
+
+def test_results_of_removed_answers_are_not_merged(shards, server, tmp_path):
+    folder = copied(shards, tmp_path)
+    for part in (0, 1):
+        run(folder, server, part=part, parts=2)
+    (folder / "llm" / MODEL / "objects" / "part-00001-of-00002" / "first" / "answers.jsonl").unlink()
+    with pytest.raises(InputError, match="found none in"):
+        run(folder, server=None, part=1, parts=2, patience=0.1)
+    with pytest.raises(InputError, match="found none of part 1;"):
+        run(folder, server=None, merge=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        ({"seed": 1}, r"seed 1 \(part 0: 0\)"),
+        ({"chat_options": '{"enable_thinking": false}'}, r"chat_options {'enable_thinking': False} \(part 0: {}\)"),
+        ({"max_tokens": 100}, r"max_tokens 100 \(part 0: 128\), room "),
+    ],
+)
+def test_parts_that_were_asked_otherwise_are_not_merged(shards, server, tmp_path, settings, difference):
+    folder = copied(shards, tmp_path)
+    run(folder, server, part=0, parts=2)
+    run(folder, server, part=1, parts=2, **settings)
+    with pytest.raises(InputError, match=rf"found in part 1 {difference}.*remove .*part-00001-of-00002 first"):
+        run(folder, server=None, merge=True)
+    assert "llm" not in Manifest.load(folder).parsers
+
+
+def test_parts_that_knew_other_synonyms_are_not_merged():
+    notes = [{"version": "1", "synonyms": False}, {"version": "1", "synonyms": True}]
+    with pytest.raises(InputError, match=r"found in part 1 synonyms True \(part 0: False\)"):
+        places.check_alike(Path("objects"), notes, "1")
+
+
+def test_the_command_that_a_part_prints_merges_with_all_that_was_set(shards, server, tmp_path, monkeypatch, capsys):
+    folder = copied(shards, tmp_path)
+    settings = {"max_tokens": 100, "max_model_len": 1000, "chat_options": '{"enable_thinking": false}'}
+    for part in (0, 1):
+        run(folder, server, part=part, parts=2, **settings)
+    printed = capsys.readouterr().out.split("after the last one: ")[-1].strip()
+    run(copied(folder, tmp_path / "plain"), server=None, merge=True)  # the answers say their settings
+    monkeypatch.setattr(sys, "argv", shlex.split(printed.removeprefix("python -m ")))
+    main()
+    said = Manifest.load(folder).parsers["llm"]
+    assert said.startswith(
+        f'{MODEL}, max 100 of 1000 tokens, dtype auto, seed 0, chat options {{"enable_thinking": false}}'
+    )
+    assert Manifest.load(tmp_path / "plain" / "data").parsers["llm"] == said
+
+
+def test_a_start_that_failed_does_not_fix_the_number_of_parts(shards, server, tmp_path):
+    folder = copied(shards, tmp_path)
+    with pytest.raises(InputError, match="found none in"):
+        run(folder, server=None, part=0, parts=3)
+    with pytest.raises(InputError, match="found none; ask first"):
+        run(folder, server=None, merge=True)
+    assert (folder / "llm" / MODEL / "objects" / "part-00000-of-00003").is_dir()
+    run(folder, server)
+    assert "llm" in Manifest.load(folder).parsers
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "typo"}, "expected a server of typo .*, found by-rule"),
+        ({"runner": "offline", "url": None, "environment": Path("nowhere")}, "expected vLLM's environment at nowhere"),
+    ],
+)
+def test_a_wrong_model_or_environment_is_known_before_captions_are_read(
+    shards, server, tmp_path, capsys, settings, message
+):
+    folder = copied(shards, tmp_path)
+    with pytest.raises(InputError, match=message):
+        run(folder, server, **settings)
+    assert "captions" not in capsys.readouterr().out
+    assert not (folder / "llm").exists()
+
+
+@pytest.mark.slow
+def test_a_parse_by_part_of_speech_while_questions_are_asked_is_not_undone(shards, tmp_path):
+    folder = copied(shards, tmp_path)
+    meanwhile: list[Manifest] = []
+
+    def slow_rule(messages: Sequence[dict[str, str]]) -> tuple[str, str]:
+        if not meanwhile:
+            meanwhile.append(parse_again(ParseConfig(folder=folder, compound=False, processes=1)))
+        return rule(messages)
+
+    with RuleServer(slow_rule) as server, pytest.raises(InputError, match=r"found those of part 0 checked as .*again"):
+        run(folder, server, concurrency=1)
+    assert Manifest.load(folder) == meanwhile[0]
+    run(folder, server=None)
+    assert objects_of(folder)["a teddy bear on a sports car"] == ["teddy", "bear", "sport", "car", "road"]
+    assert Manifest.load(folder).config["compound"] is False
 
 
 def test_another_number_of_parts_is_refused(shards, server, tmp_path):

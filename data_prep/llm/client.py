@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data_prep.llm import offline, over_http, run_batch
+from data_prep.llm import environment, offline, over_http, run_batch
 from data_prep.llm.config import RunnerConfig, answer_settings
 from data_prep.llm.job import ANSWERS_NAME, REQUESTS_NAME, Job
 from data_prep.llm.jsonl import Answer, Request, body_of, drop_torn_line, read_answers, read_records, request_line
@@ -29,7 +29,7 @@ from setclip.errors import InputError
 from setclip.files import write_json
 from setclip.log import warn
 
-__all__ = ["Answer", "Request", "RunnerConfig", "ask"]
+__all__ = ["Answer", "Request", "RunnerConfig", "ask", "check"]
 
 RUNNERS: Mapping[str, Callable[[Job], None]] = {
     "offline": offline.run,
@@ -44,13 +44,25 @@ _LOCK_NAME = ".lock"
 _SECONDS_FOR_THE_KILLED = 20.0  # in which the processes of a call that was killed end
 
 
+def check(config: RunnerConfig) -> None:
+    """Looks, before work that takes long, whether questions could be asked; `ask` looks again.
+
+    Warns where a server does not answer yet. Raises InputError where vLLM's environment is missing, or the server refuses the
+    key or has not this model.
+    """
+    if config.runner == "http":
+        over_http.check(config)
+    else:
+        environment.ready(config.environment)
+
+
 def ask(requests: Sequence[Request], folder: Path, config: RunnerConfig, *, description: str) -> dict[str, Answer]:
     """Returns the answer to each request by its id, and asks what `folder` has no answer to yet.
 
     Killed at any moment, the same call goes on; later calls may bring more requests. Errors that a server gives to one
     request alone are answers with `error`. Raises InputError where vLLM's environment is missing, the server cannot be
-    reached or has not this model, the engine does not start, the folder was begun with settings that give other answers,
-    another call is at work in it, or one id has two questions.
+    reached or has not this model or fails at some requests again and again, the engine does not start, the folder has
+    answers of other settings, another call is at work in it, or one id has two questions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) as lock:
@@ -70,6 +82,12 @@ def ask(requests: Sequence[Request], folder: Path, config: RunnerConfig, *, desc
     assert len(answers) == len(wanted), "a runner ended before all was answered"
     _say_errors(answers, description)
     return {request.custom_id: answers[request.custom_id] for request in requests}
+
+
+def has_answers(folder: Path) -> bool:
+    """Whether a folder of `ask` holds any answer."""
+    answers = folder / ANSWERS_NAME
+    return answers.exists() and answers.stat().st_size > 0
 
 
 def _answers(folder: Path, wanted: set[str]) -> dict[str, Answer]:
@@ -111,7 +129,8 @@ def _alone(folder: Path) -> Iterator[int]:
 def _check_settings(folder: Path, config: RunnerConfig) -> None:
     given = answer_settings(config)
     path = folder / SETTINGS_NAME
-    if not path.exists():
+    if not has_answers(folder):  # what was begun and never answered binds nobody
+        (folder / REQUESTS_NAME).unlink(missing_ok=True)
         write_json(path, given)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -120,7 +139,7 @@ def _check_settings(folder: Path, config: RunnerConfig) -> None:
         raise InputError(
             f"expected {folder} to go on as it was begun, found "
             + ", ".join(f"{name} {given[name]} in place of {found.get(name)}" for name in different)
-            + "; give what it was begun with, or choose another folder"
+            + "; give what it was begun with, or remove it to ask anew"
         )
 
 

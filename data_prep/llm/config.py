@@ -1,7 +1,9 @@
 """Which model answers, and how it is run: the flags that every command with questions to a language model shares."""
 
 import json
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -56,8 +58,8 @@ class RunnerConfig:
     patience: float = 600.0
     """http: seconds without a single answer after which an unreachable or overloaded server is given up."""
     retries: int = 8
-    """http: times that one request may fail (status 5xx, connection broken) while the server answers others; then the
-    failure is kept as its answer."""
+    """http: times that one request may fail (status 5xx, connection broken) while the server answers others; then it is
+    given up, and the same command asks it again."""
 
     price_per_hour: float = 0.0
     """What an hour of this runner costs, in any currency; the forecast then names the cost."""
@@ -137,3 +139,24 @@ def answer_settings(config: RunnerConfig) -> dict[str, Any]:
         "chat_options": parsed_options(config.chat_options, "chat_options"),
         "engine_options": parsed_options(config.engine_options, "engine_options"),
     }
+
+
+def settings_line(model: str, settings: Mapping[str, Any]) -> str:
+    """Returns `answer_settings` for people and versions; `model` is how they call it."""
+    others = ", ".join(
+        f"{name.replace('_', ' ')} {json.dumps(settings[name], sort_keys=True) if name.endswith('options') else settings[name]}"
+        for name in ("dtype", "seed", "chat_options", "engine_options")
+    )
+    return f"{model}, max {settings['max_tokens']} of {settings['max_model_len']} tokens, {others}"
+
+
+def merge_command(module: str, folder: Path, config: RunnerConfig) -> str:
+    """Returns what a user types to merge the parts of the command in `module`: all flags that are not the default."""
+    flags = [
+        word
+        for entry in fields(config)
+        if entry.name not in ("folder", "part", "parts", "merge")
+        and (value := getattr(config, entry.name)) != entry.default
+        for word in (f"--{entry.name.replace('_', '-')}", str(value))
+    ]
+    return shlex.join(["python", "-m", module, str(folder), *flags, "--merge", "True"])

@@ -1,9 +1,11 @@
 """Checks what a language model says of the appearance of a class, and sets right what a rule can. Used by data_prep.describe."""
 
 import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from data_prep.llm.jsonl import Answer
-from data_prep.llm.prompts import DESCRIPTION_SECOND
+from data_prep.llm.prompts import DESCRIPTION_SECOND, request_id
 from data_prep.llm.texts import (
     EMPTY,
     ERROR,
@@ -14,11 +16,13 @@ from data_prep.llm.texts import (
     Checked,
     has_loop,
     is_refusal,
+    longest_common_run,
     without_markdown,
+    without_special_tokens,
     words,
 )
 
-RULES_VERSION = 1  # raise it when the same answer would give another description
+RULES_VERSION = 2  # raise it when the same answer would give another description
 
 EXAMPLE = "speaks of an example"
 OFF_TOPIC = "neither names the class nor says how it looks"
@@ -32,6 +36,8 @@ CUT = "cut at the last full sentence"
 
 _FEWEST_WORDS = 4
 _MOST_WORDS = 150
+_EXAMPLE_WORDS = 5  # of an example on end
+_ARTICLES = ("a", "an", "the")
 _LEAD_IN = re.compile(
     r"^\s*(?:(?:sure|certainly|of course|okay|ok|absolutely)\b[^:.!\n]{0,60}?[!,.:]\s*)?"
     r"(?:(?:here(?:['’]s| is| are)|this is|below is)\b[^.\n]{0,90}?:\s*)?(?:(?:description|appearance|answer)\s*:\s*)?",
@@ -65,15 +71,16 @@ def check(name: str, answer: Answer) -> Checked[str]:
     """Returns the description, or why the answer is bad."""
     if answer.error is not None:
         return Checked(None, ERROR)
-    if not answer.text.strip():
+    text = without_special_tokens(answer.text)
+    if not text:
         return Checked(None, EMPTY)
-    if has_loop(words(answer.text)):
+    if has_loop(words(text)):
         return Checked(None, LOOP)
     if answer.finish_reason not in ("stop", "length"):
         return Checked(None, FINISH)
-    if is_refusal(answer.text):
+    if is_refusal(text):
         return Checked(None, REFUSAL)
-    if _ECHO.search(answer.text):
+    if _ECHO.search(text):
         return Checked(None, PROMPT_ECHO)
     text, repairs = repaired(answer.text)
     flags: list[str] = []
@@ -90,9 +97,9 @@ def check(name: str, answer: Answer) -> Checked[str]:
         return Checked(None, SHORT)
     if len(said) >= _MOST_WORDS:
         return Checked(None, LONG)
-    if any(example in said and example not in words(name) for example, _ in DESCRIPTION_SECOND.examples):
-        return Checked(None, EXAMPLE)
     is_named, has_looks = names(said, name), not _LOOKS.isdisjoint(said)
+    if answer.custom_id == request_id(DESCRIPTION_SECOND, name) and _is_of_example(said, name, is_named):
+        return Checked(None, EXAMPLE)
     if not is_named and not has_looks:
         return Checked(None, OFF_TOPIC)
     flags += [UNNAMED] * (not is_named) + [NO_LOOKS] * (not has_looks)
@@ -110,6 +117,7 @@ def repaired(text: str) -> tuple[str, list[str]]:
             text = changed
 
     text = text.strip()
+    apply("special tokens", without_special_tokens(text))
     apply("markdown", without_markdown(text).strip())
     apply("lead-in", _LEAD_IN.sub("", text, count=1).strip())
     apply("list", _as_sentences(text))
@@ -128,13 +136,37 @@ def _as_sentences(text: str) -> str:
     return " ".join(entry if entry[-1:] in ".!?:;," else f"{entry};" for entry in entries).rstrip(";")
 
 
-def names(said: list[str], name: str) -> bool:
-    """Whether one of the words of the name, in the singular or plural, is said; of a compound its last word counts."""
+def names(said: Sequence[str], name: str) -> bool:
+    """Whether the name is said, in the singular or plural; of a compound its last word counts."""
     parts = words(name)
     if not parts:
         return True
-    head = parts[-1]
-    stem = head[:-1] if head.endswith(("y", "f", "e")) and len(head) > 3 else head
-    return any(word == head or (word.startswith(stem) and len(word) <= len(head) + 3) for word in said) or (
-        "".join(parts) in said
-    )
+    wanted = {parts[-1], "".join(parts)}
+    bare = {word.split("'")[0].split("’")[0] for word in said}  # "the dog's tail"
+    if not wanted.isdisjoint(bare):
+        return True
+    singular = _singular()
+    return any(singular(word) in wanted for word in bare)
+
+
+def _is_of_example(said: Sequence[str], name: str, is_named: bool) -> bool:
+    """Whether the answer is about one of the examples that were shown, or repeats a piece of it."""
+    subject = said[1] if said[0] in _ARTICLES else said[0]
+    for example, good in DESCRIPTION_SECOND.examples:
+        if example in words(name):
+            continue
+        about = names([subject], example) or (not is_named and names(said, example))
+        if about or longest_common_run(said, words(good)) >= _EXAMPLE_WORDS:
+            return True
+    return False
+
+
+@lru_cache(maxsize=1)
+def _singular() -> Callable[[str], str]:
+    """Returns what makes a plural singular, by the rules of the parser by part of speech."""
+    import spacy  # here, because it takes seconds to load and most answers need it not
+
+    from data_prep.parse_pos import NounRules, find_pipeline
+
+    rules = NounRules(spacy.load(find_pipeline(), exclude=["parser", "ner", "senter"]), ())
+    return lru_cache(100_000)(lambda word: rules.lemma(word, "NNS"))

@@ -4,6 +4,7 @@ What comes out are names as the model wrote them; `data_prep.llm.names` normalis
 answer is asked for again.
 """
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -21,10 +22,11 @@ from data_prep.llm.texts import (
     is_refusal,
     longest_common_run,
     without_markdown,
+    without_special_tokens,
     words,
 )
 
-RULES_VERSION = 1  # raise it when the same answer would give other names
+RULES_VERSION = 2  # raise it when the same answer would give other names
 
 ECHO = "echo of the caption"
 SENTENCE = "sentences instead of a list"
@@ -35,27 +37,55 @@ FINISH = "ended otherwise than by itself"
 _MOST_WORDS = 6  # of one object; more are a sentence
 _ECHO_WORDS = 5  # of the caption on end in one object
 _PROMPT_WORDS = 6
+_LISTED_WORDS = 3  # of each name in a list that has all words of its caption
 _SPARE_OBJECTS = 3  # more than the caption has words: a compound may be named with its parts
 
-_NUMBERING = re.compile(r"(?:^|(?<=[\s,;]))\(?\d{1,2}\s?[.):]\s*(?=[^\W\d])")
+_NUMBERING = re.compile(r"(?:^|(?<=[\s,;]))\(?(?i:(?:object|item)\s)?\d{1,2}\s?[.):]\s*(?=[^\W\d])")
 _BULLET = re.compile(r"(?:^|(?<=\n))\s*[-–—*•·▪◦+]\s+")
 _LEAD_IN = re.compile(
     r"""^\s*
     (?:(?:sure|certainly|of\ course|okay|ok|yes)\b[^:\n]{0,40}?[!,.:]\s*)?  # Sure!
-    (?:(?:here\ (?:are|is)|the|all|main|visible|key|following|list\ of|some\ of|these|in\ (?:the|this)\ \w+,?)\b\s*)*
+    (?:(?:based\ on|according\ to|from|in)\ (?:the|this)\ (?:(?:given|provided)\ )?\w+,?\s+)?  # In the image,
+    (?:(?:here(?:\ (?:are|is)|['’]s)|the|all|main|visible|key|following|list\ of|some\ of|these)\b\s*)*
     (?:
-        (?:objects?|items?|things|elements|answer|output|list|response)\b[^:,;\n]{0,70}?  # The objects in the caption are:
-        (?::|\b(?:are|is|includes?|would\ be)\b:?)
-      | (?:image|picture|photo|caption|scene)\b[^:,;\n]{0,30}?\b(?:shows?|contains?|includes?|depicts?|features?)\b:?
+        (?:objects?|items?|things|elements|answer|output|list|response|following)\b  # The objects in the caption are:
+        (?:\s*\n|[^:,;\n]{0,70}?(?::|\b(?:are|is|includes?|would\ be)\b(?:[^:,;\n]{0,60}:)?))
+      | (?:image|picture|photo|caption|scene)\b[^:,;\n]{0,30}?  # The caption contains the following objects:
+        \b(?:shows?|contains?|includes?|depicts?|features?|describes?|mentions?)\b(?:[^:,;\n]{0,60}:)?
+      | there\ (?:is|are)\b | (?:we|you|i)\ (?:can\ )?see\b
       | (?<=[!,.:])[^:,;\n]{0,60}:
     )\s*""",
     re.IGNORECASE | re.VERBOSE,
 )
-_OKAY = re.compile(r"^\s*(?:sure|certainly|of course|okay|ok)\b[!,.:]\s*", re.IGNORECASE)
-_NOTHING = frozenset(("none", "n a", "no objects", "no object", "nothing", "there are no objects", "unknown", "null"))
-_SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z\"“])|[.!?]\s*\n")
+_OPENING = re.compile(
+    r"""^\s*(?:sure|certainly|of\ course|okay|ok
+    |(?:based\ on|according\ to|from|in)\ (?:the|this)\ (?:(?:given|provided)\ )?(?:image|picture|photo|caption|scene)
+    )[!,.:]\s*""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_NOTHING = re.compile(
+    r"""(?:there\ (?:are|is)\ )?
+    (?:n\ a|null|unknown|nothing|none|no(?:\ \w+){0,2}\ (?:objects?|items?|things?))
+    (?:\ (?:are|is|were|mentioned|specified|described|contained|listed|found|present|visible|directly|explicitly|in|of|the
+      |this|caption|image|it))*
+    | (?:\w+\ ){0,3}(?:does\ not|doesn['’]t)\ (?:contain|mention|describe|have|include|name)\b.*""",
+    re.VERBOSE,
+)
+_MORE = re.compile(
+    r"""(?:\s*[,\n]\s*(?:(?:and|&)\s+)?|\s+(?:and|&)\s+|\s+(?=etc))
+    (?:etc(?:etera)?|(?:many\ )?(?:more|others)|(?:many\ )?other\ (?:things|objects|items)|so\ (?:on|forth))[\s.…!]*$""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_STOP = r"(?<!\b[A-Z])(?<!\b(?:St|Mt|Mr|Ms|Dr|Ft|Jr|Sr))(?<!\bMrs)[.]"  # "St. Bernard" goes on
+_SENTENCE_END = re.compile(rf"(?:{_STOP}|[!?])\s+(?=[A-Z\"“])|[.!?]\s*\n")
+_LISTING_STOP = re.compile(rf"{_STOP}\s+")
+_SEPARATOR = re.compile(r"\s*(?:[;|\t，、；،]|\s[•·]\s)\s*")
+_TABLE_RULE = re.compile(r":?-+:?")
 _EXPLANATION = re.compile(r"(?:\s*:\s|\s+[-–—]\s)[^\n]*$", re.MULTILINE)
-_BRACKETS = re.compile(r"\s*[(\[][^()\[\]]*[)\]]")
+_WHOLE_BRACKETS = re.compile(r"\[([^\[\]]*)\]\.?|\(([^()]*)\)\.?|\{([^{}]*)\}\.?")
+# Not those after a colon, which may hold the list.
+_BRACKETS = re.compile(r"(?<![: ])(?<!:\n)[^\S\n]*[(\[][^()\[\]]*[)\]]")
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _QUOTES = "\"'“”‘’"
 
 
@@ -63,10 +93,10 @@ def check(caption: str, answer: Answer) -> Checked[list[str]]:
     """Returns the names of an answer, or why it is bad."""
     if answer.error is not None:
         return Checked(None, ERROR)
-    text = answer.text.strip()
-    if not text:
-        return Checked(None, EMPTY)
+    text = without_special_tokens(answer.text)
     said, told = words(text), words(caption)
+    if not said or _NOTHING.fullmatch(" ".join(said)):
+        return Checked(None, EMPTY)
     if has_loop(said):
         return Checked(None, LOOP)
     if answer.finish_reason == "length":
@@ -79,19 +109,19 @@ def check(caption: str, answer: Answer) -> Checked[list[str]]:
         return Checked(None, PROMPT_ECHO)
     if _is_echo(text, caption):
         return Checked(None, ECHO)
-    text, repairs = repaired(text)
-    names = _split(text)
-    if not names or " ".join(words(text)) in _NOTHING:
+    text, repairs = repaired(answer.text)
+    names = [name for name in _split(text) if not _NOTHING.fullmatch(" ".join(words(name)))]
+    if not names:
         return Checked(None, EMPTY)
     if any(_is_from(words(name), told) for name in names):
         return Checked(None, ECHO)
-    if _SENTENCE_END.search(text) or any(len(words(name)) > _MOST_WORDS or ": " in name for name in names):
+    if _SENTENCE_END.search(text) or any(len(words(name)) > _MOST_WORDS or ": " in f"{name} " for name in names):
         return Checked(None, SENTENCE)
     by_words: dict[str, str] = {}
     for name in names:
         by_words.setdefault(" ".join(words(name)), name)
     distinct = list(by_words.values())
-    if len(distinct) > len(told) + _SPARE_OBJECTS:
+    if len(distinct) > len(told) + len(_UNSPACED.findall(caption)) + _SPARE_OBJECTS:
         return Checked(None, TOO_MANY)
     if len(distinct) < len(names):
         repairs.append("duplicates")
@@ -109,17 +139,24 @@ def repaired(text: str) -> tuple[str, list[str]]:
             text = changed
 
     text = text.strip()
+    apply("special tokens", without_special_tokens(text))
     apply("markdown", without_markdown(text).strip())
-    apply("lead-in", _OKAY.sub("", _LEAD_IN.sub("", text, count=1), count=1).strip())
+    apply("table", _from_table(text))
+    apply("lead-in", _OPENING.sub("", _LEAD_IN.sub("", text, count=1), count=1).strip())
+    apply("json", _from_json(text))
     apply("numbering", _NUMBERING.sub("\n", text).strip())
     apply("bullets", _BULLET.sub("\n", text).strip())
     if "numbering" in repairs or "bullets" in repairs:
         apply("explanations", _EXPLANATION.sub("", text))
+    if whole := _WHOLE_BRACKETS.fullmatch(text):
+        apply("brackets", whole[whole.lastindex or 0].strip())
     apply("brackets", _BRACKETS.sub("", text))
+    apply("separators", _SEPARATOR.sub(", ", text).strip())
     apply("quotes", _without_quotes(text))
+    apply("and more", _MORE.sub("", text))
     apply("one a line", re.sub(r"\s*,?\s*\n\s*", ", ", text))
-    apply("semicolons", text.replace(";", ","))
-    apply("full stop", text.rstrip(" .!").strip())
+    apply("full stop", text.rstrip(" .!。…").strip())
+    apply("full stops", _from_full_stops(text))
     apply("and", re.sub(r",\s*(?:and|&)\s+", ", ", text) if "," in text else text)
     if "," in text:
         head, _, last = text.rpartition(",")
@@ -127,8 +164,39 @@ def repaired(text: str) -> tuple[str, list[str]]:
     return text, list(dict.fromkeys(repairs))
 
 
+def _from_table(text: str) -> str:
+    """Returns the column of names of a markdown table that has a header; other texts as they are."""
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    rule = next((at for at, row in enumerate(rows) if all(map(_TABLE_RULE.fullmatch, row))), 0)
+    if not rule:
+        return text
+    headers = [header.lower().rstrip("s") for header in rows[rule - 1]]
+    column = next((at for at, header in enumerate(headers) if header in ("object", "item", "name")), 0)
+    return ", ".join(row[column] for row in rows[rule + 1 :] if column < len(row))
+
+
+def _from_json(text: str) -> str:
+    """Returns the names of a JSON list, or of the one list in a JSON object; other texts as they are."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # a model in a loop opens a thousand brackets
+        return text
+    if isinstance(found, dict):
+        lists = [value for value in found.values() if isinstance(value, list)]
+        found = lists[0] if len(lists) == 1 else None
+    if isinstance(found, list) and all(isinstance(name, str) for name in found):
+        return ", ".join(found)
+    return text
+
+
+def _from_full_stops(text: str) -> str:
+    """Returns "Dog. Frisbee" with commas; longer pieces between full stops are sentences and stay."""
+    names = _LISTING_STOP.split(text)
+    return text if "," in text or any(len(words(name)) > 2 for name in names) else ", ".join(names)
+
+
 def _split(text: str) -> list[str]:
-    names = (name.strip(f" \t.{_QUOTES}") for name in text.split(","))
+    names = (name.strip(f" \t.[]{{}}{_QUOTES}") for name in text.split(","))
     return [name for name in names if words(name)]
 
 
@@ -144,11 +212,13 @@ def _unquoted(name: str) -> str:
 
 
 def _is_echo(text: str, caption: str) -> bool:
-    """Whether the answer is the caption. A caption that is a list of names itself ("cat, sofa") is its own right answer."""
+    """Whether the answer is the caption. One that is a list ("cat, sofa"), or of which it made one, is a right answer."""
     told = words(caption)
     if len(told) < 3 or words(text) != told:
         return False
-    return any(len(words(name)) > 2 for name in caption.split(","))
+    names, before = (_split(_SEPARATOR.sub(",", each).replace("\n", ",")) for each in (text, caption))
+    is_list = len(names) > 1 and all(len(words(name)) <= _LISTED_WORDS for name in names)
+    return not is_list and len(names) <= len(before)
 
 
 def _is_from(name: Sequence[str], told: Sequence[str]) -> bool:

@@ -38,7 +38,7 @@ def write_part(
     account: Account,
     settings: Mapping[str, Any],
 ) -> None:
-    """Writes one part's results; `settings` must be those of all parts."""
+    """Writes one part's results; all parts of a folder must have the same `settings`."""
     identities = sorted(outcomes, key=lambda identity: int(identity, 16))
     columns = [
         pa.array([int(identity, 16) for identity in identities], pa.uint64()),

@@ -4,8 +4,9 @@ What a failure means:
 
     connection refused, 408, 425, 429, 503    the server is away or busy: asked again, until `patience` seconds passed
                                               without an answer to any request
-    other 5xx, a broken connection, no JSON   asked again, at most `retries` times while the server answers others
-    401, 403, 404                             the address or the key is wrong: the run stops
+    other 5xx, a broken connection, no JSON   asked again, at most `retries` times while the server answers others; then
+                                              given up: the run ends with an error after the others, and asks it next time
+    3xx, 401, 402, 403, 404                   the address or the key is wrong: the run stops
     any other 4xx                             the request is at fault: the error is its answer
 
 Waits double up to 15 s, by chance shortened up to half so that requests do not come back together; Retry-After is heeded.
@@ -33,7 +34,8 @@ from setclip.errors import InputError
 from setclip.log import warn
 
 _AWAY = (408, 425, 429, 503)
-_WRONG_ADDRESS = (401, 403, 404)
+_WRONG_ADDRESS = (*range(300, 400), 401, 402, 403, 404)
+_WRONG_KEY = (401, 402, 403)
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 15.0
 _SECONDS_TO_CONNECT = 10.0
 _SECONDS_BETWEEN_FLUSHES = 1.0
@@ -54,8 +56,8 @@ class Failure:
 def run(job: Job) -> None:
     """Answers the job's requests.
 
-    Raises InputError where the server cannot be reached for too long, refuses the key, does not know the model, or refuses
-    whatever it is asked.
+    Raises InputError where the server cannot be reached for too long, refuses the key, does not know the model, refuses
+    whatever it is asked, or fails at some requests again and again; these then have no answer.
     """
     try:
         asyncio.run(_run(job))
@@ -63,20 +65,35 @@ def run(job: Job) -> None:
         raise _first(group) from None
 
 
-async def _run(job: Job) -> None:
-    config = job.config
+def check(config: RunnerConfig) -> None:
+    """Looks at the server once: warns if it does not answer, raises InputError if it refuses the key or has not the model."""
+    asyncio.run(_check(config))
+
+
+async def _check(config: RunnerConfig) -> None:
+    async with _client(config) as client:
+        client.timeout = httpx.Timeout(_SECONDS_TO_CONNECT)
+        await Server(client, config).check_model(wait=False)
+
+
+def _client(config: RunnerConfig) -> httpx.AsyncClient:
     assert config.url is not None
     is_here = (urlsplit(config.url).hostname or "") in ("localhost", "127.0.0.1", "::1")
     key = os.environ.get("OPENAI_API_KEY")
-    async with httpx.AsyncClient(
+    return httpx.AsyncClient(
         base_url=config.url.rstrip("/") + "/",
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx.Timeout(config.timeout, connect=_SECONDS_TO_CONNECT, pool=None),
         limits=httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency),
         trust_env=not is_here,  # no proxy between us and ourselves
-    ) as client:
+    )
+
+
+async def _run(job: Job) -> None:
+    config = job.config
+    async with _client(config) as client:
         server = Server(client, config)
-        await server.check_model()
+        await server.check_model(wait=True)
         job.progress.started()
         with AnswerWriter(job.answers) as writer:
             answers = _Answers(job, writer)
@@ -85,11 +102,18 @@ async def _run(job: Job) -> None:
                 for _ in range(min(config.concurrency, len(job.requests))):
                     tasks.create_task(_ask_in_turn(waiting, server, answers))
             answers.release()
+    if server.given_up:
+        raise InputError(
+            f"expected answers to {len(job.requests):,} requests, found {len(server.given_up):,} of them given up (first: "
+            f"{server.given_up[0]}); start the same command again: what is answered stays"
+        )
 
 
 async def _ask_in_turn(waiting: Iterator[Request], server: "Server", answers: "_Answers") -> None:
     for request in waiting:
-        answers.take(await server.answer(request))
+        record = await server.answer(request)
+        if record is not None:
+            answers.take(record)
 
 
 class Server:
@@ -101,15 +125,20 @@ class Server:
         self._silent_since: float | None = None
         """When the first try failed after the last answer."""
         self._has_warned = False
+        self.given_up: list[str] = []
+        """Ids of requests that failed too often, with the last failure."""
 
-    async def check_model(self) -> None:
-        """Waits until the server is there. Raises InputError if it is not, or has not the model."""
-        tries = itertools.count()
-        while True:
+    async def check_model(self, *, wait: bool) -> None:
+        """Waits until the server is there, or only warns. Raises InputError if it stays away, or has not the model."""
+        for tries in itertools.count():
             failure, body = await self._send("GET", "models", None)
             if failure is None:
                 break
-            await self._wait(failure, next(tries))
+            if not self._has_warned:
+                self._warn(failure)
+            if not wait:
+                return
+            await self._wait(failure, tries)
         self._heard()
         try:
             names = [model["id"] for model in body["data"]]
@@ -124,8 +153,8 @@ class Server:
                 "give --model as the server names it"
             )
 
-    async def answer(self, request: Request) -> dict[str, Any]:
-        """Returns the record of a request's answer, or of the error that is its own."""
+    async def answer(self, request: Request) -> dict[str, Any] | None:
+        """Returns the record of a request's answer, or of the error that is its own; None where it is given up."""
         body = body_of(request, self._config)
         strikes = 0
         for tries in itertools.count():
@@ -134,12 +163,10 @@ class Server:
             if failure is None:
                 self._heard()
                 return self._record(request, said)
-            if not failure.is_away and (self._answers > answers_before or await self._is_up()):
-                strikes += 1
-                if strikes > self._config.retries:
-                    return answer_record(
-                        request.custom_id, 500, None, f"given up after {strikes} tries: {failure.message}"
-                    )
+            strikes += not failure.is_away and self._answers > answers_before  # otherwise it may fail at all requests
+            if strikes > self._config.retries:
+                self.given_up.append(f"{request.custom_id}, {failure.message}")
+                return None
             await self._wait(failure, tries)
         raise AssertionError("the loop has no end")
 
@@ -163,13 +190,13 @@ class Server:
                 f"({_words(response):.300}); "
                 + (
                     "set OPENAI_API_KEY to its key"
-                    if status != 404
+                    if status in _WRONG_KEY
                     else "see to the address (it ends in /v1) and the model"
                 )
             )
         if status in _AWAY or status >= 500:
             return Failure(f"status {status} ({_words(response):.200})", status in _AWAY, _retry_after(response)), None
-        if status >= 300:
+        if status >= 400:
             return None, response
         try:
             said = response.json()
@@ -190,14 +217,16 @@ class Server:
                 f"the last try: {failure.message}. See whether it runs, and start again: what is answered stays"
             )
         elif now - self._silent_since > _LONGEST_WAIT and not self._has_warned:
-            self._has_warned = True
-            warn(f"the server at {self._config.url} does not answer ({failure.message}); trying on")
+            self._warn(failure)
         pause = min(_FIRST_WAIT * 2 ** min(tries, 16), _LONGEST_WAIT) * random.uniform(0.5, 1)
         await asyncio.sleep(max(pause, min(failure.wait, max(self._config.patience, _LONGEST_WAIT))))
 
-    async def _is_up(self) -> bool:
-        failure, _ = await self._send("GET", "models", None)
-        return failure is None
+    def _warn(self, failure: Failure) -> None:
+        self._has_warned = True
+        warn(
+            f"the server at {self._config.url} does not answer ({failure.message}); waiting up to "
+            f"{self._config.patience:.0f} s for it (--patience)"
+        )
 
     def _heard(self) -> None:
         self._answers += 1

@@ -36,13 +36,15 @@ _REFUSAL = re.compile(
       | \bi\ (?:apologi[sz]e|cannot|can['’]?t|can\ not|could\ not|couldn['’]t|do\ not|don['’]t)\ (?:
             have\ (?:any\ |enough\ )?(?:access|information|context|a\ caption)
           | see|view|access|provide|assist|help|fulfil|identify|process|know|directly)
-      | \b(?:i\ am|i['’]m)\ (?:unable|not\ able|just\ an\ ai)
-      | \bas\ an?\ (?:ai|artificial|language\ model|text)
+      | \b(?:i\ am|i['’]m)\ (?:\w+\ )?(?:unable|not\ able|just\ an\ ai)\b
+      | ^unable\ to\b
+      | (?<!\bsuch\ )(?<!\bknown\ )\bas\ an?\ (?:(?:large\ )?language\ model|text-?\w*\ (?:ai|assistant|model)
+          | artificial\ intelligence|ai)\b
       | \b(?:no|any)\ (?:image|caption|picture)\ (?:(?:was|is|has\ been)\ )?(?:provided|given|attached)
-      | \bplease\ (?:provide|share|upload|give)\b
-      | \bunable\ to\ (?:see|view|process|identify|assist|provide)""",
+      | \bplease\ (?:provide|share|upload|give)\b""",
     re.IGNORECASE | re.VERBOSE,
 )
+_SPECIAL_TOKEN = re.compile(r"<\|(?:im_start|start_header_id)\|>\s*(?:assistant|user|system)|<\|[^|<>]*\|>|</?s>")
 _LONGEST_LOOP = 12  # words of what is said again and again
 _MOST_REPEATS = 4
 
@@ -82,6 +84,11 @@ def longest_common_run(one: Sequence[str], other: Sequence[str]) -> int:
                 best = max(best, now[place])
         before = now
     return best
+
+
+def without_special_tokens(text: str) -> str:
+    """Returns the text without the tokens of a chat template that came through, such as "<|im_end|>"."""
+    return _SPECIAL_TOKEN.sub("", text).strip()
 
 
 def without_markdown(text: str) -> str:
