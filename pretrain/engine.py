@@ -60,6 +60,8 @@ class Engine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it even of a single process
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+        # DeepSpeed keeps a copy of the world's group, which is gone where a run before this one has left it.
+        deepspeed.utils.groups._WORLD_GROUP = None
         self.model = model.to(world.device)
         if getattr(model, "logit_bias", None) is not None:
             model.register_forward_hook(_with_own_bias)

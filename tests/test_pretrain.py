@@ -21,6 +21,7 @@ from pretrain.losses import LOSSES, LossConfig
 from pretrain.optim import OptimConfig, learning_rate, parameter_groups
 from pretrain.progress import read_metrics, skip_list
 from pretrain.run import train
+from setclip import distributed
 from setclip.checkpoint import load_model
 from setclip.errors import InputError
 from setclip.images import AugmentConfig
@@ -231,6 +232,13 @@ def test_two_ranks_give_the_curve_of_one_with_other_losses_and_micro_batches(wit
     for name in losses:
         one, two = (losses_of(with_objects.parent / f"{ranks}_{name}") for ranks in ("one", "two"))
         assert two == pytest.approx(one, abs=1e-5), name
+
+
+def test_a_run_may_follow_one_that_has_left_the_process_group(place):
+    for name in ("before", "behind"):
+        run(config_of(place, name, steps=1))
+        distributed.stop()
+    assert losses_of(place / "behind") == losses_of(place / "before")
 
 
 def test_settings_that_the_loss_does_not_use_are_announced(place, capsys):
