@@ -18,7 +18,7 @@ from setclip.shards import Shard, ShardInfo
 
 MANIFEST_NAME = "manifest.json"
 WORK_NAME = ".parts"  # of the folder where a preparation keeps what is done until its merge
-PARSING_NAME = ".parsing"  # of the folder that stands in for the manifest while data_prep.rewrite gives the samples other objects
+PARSING_NAME = ".parsing"  # of the folder that stands in for the manifest while data_prep.rewrite is at work
 FORMAT_VERSION = 2
 
 
