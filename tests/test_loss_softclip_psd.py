@@ -77,7 +77,11 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "scale"), [*((name, 100.0) for name in BATCHES), ("equal texts", 1.0), ("equal texts", 1 / 0.07)]
+    ("name", "scale"),
+    [
+        *(("equal texts", scale) for scale in SCALES),
+        *(pytest.param(name, 100.0, marks=pytest.mark.slow) for name in BATCHES if name != "equal texts"),
+    ],
 )
 @pytest.mark.usefixtures("small_blocks")
 def test_values_and_gradients_equal_the_reference(name, scale):

@@ -73,7 +73,11 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "scale"),
-    [*((name, 100.0) for name in BATCHES), *itertools.product(("equal texts", "independent sides"), SCALES[:2])],
+    [
+        ("equal texts", 100.0),
+        *(pytest.param(name, 100.0, marks=pytest.mark.slow) for name in BATCHES if name != "equal texts"),
+        *itertools.product(("equal texts", "independent sides"), SCALES[:2]),
+    ],
 )
 @pytest.mark.usefixtures("small_blocks")
 def test_values_and_gradients_equal_the_reference(name, scale):
