@@ -155,6 +155,21 @@ PAGES: Mapping[str, Callable[[Handler, int], None]] = {
 """Behaviour to what answers /BEHAVIOUR/NUMBER.jpg."""
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of what goes wrong, since much does on purpose."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def handle_error(self, *_: object) -> None:
+        pass
+
+    def shutdown_request(self, request: object) -> None:
+        with contextlib.suppress(OSError):
+            super().shutdown_request(request)  # type: ignore[arg-type]
+
+
 class Server:
     """Serves PAGES on a free port of this machine.
 
@@ -180,18 +195,7 @@ class Server:
             def log_message(self, *_: object) -> None:
                 pass
 
-        class Web(ThreadingHTTPServer):
-            daemon_threads = True
-            block_on_close = False
-
-            def handle_error(self, *_: object) -> None:
-                pass
-
-            def shutdown_request(self, request: object) -> None:
-                with contextlib.suppress(OSError):
-                    super().shutdown_request(request)  # type: ignore[arg-type]
-
-        self._server = Web(("127.0.0.1", port), Answer)
+        self._server = QuietServer(("127.0.0.1", port), Answer)
         self.port = self._server.server_address[1]
 
     def url(self, behaviour: str, number: int = 0) -> str:

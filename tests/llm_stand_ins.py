@@ -14,9 +14,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from http_server import QuietServer
 
 from data_prep.llm import environment
 from setclip.files import sha256_of, write_json
@@ -78,19 +80,7 @@ class ChatServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        class Web(ThreadingHTTPServer):
-            daemon_threads = True
-            block_on_close = False
-            request_queue_size = 128
-
-            def handle_error(self, *_: object) -> None:
-                pass
-
-            def shutdown_request(self, request: object) -> None:
-                with contextlib.suppress(OSError):
-                    super().shutdown_request(request)  # type: ignore[arg-type]
-
-        self._server = Web(("127.0.0.1", port), Answer)
+        self._server = QuietServer(("127.0.0.1", port), Answer)
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
 

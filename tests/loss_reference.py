@@ -3,6 +3,7 @@
 import random
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.losses import BatchSets, LossConfig, ObjectWeights
 
@@ -140,6 +141,19 @@ def features(dtype=torch.float64, size=12, width=16, noise=1.5):
     texts = torch.randn(size, width, generator=generator, dtype=torch.float64)
     images = texts + noise * torch.randn(size, width, generator=generator, dtype=torch.float64)
     return [torch.nn.functional.normalize(x, dim=1).to(dtype).requires_grad_() for x in (images, texts)]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Looks at every tensor that torch makes; `size` is the largest one's number of entries."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for value in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(value, torch.Tensor):
+                self.size = max(self.size, value.numel())
+        return made
 
 
 def object_ids(names):

@@ -1,8 +1,12 @@
-"""Input tars for the tests of data preparation, made on the spot."""
+"""Input tars for the tests of data preparation, made on the spot, and a command of it killed at one moment."""
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from material import NOUNS, picture
@@ -37,3 +41,24 @@ def write_tar(path: Path, numbers: list[int], bad: int = 0, captions: dict[int, 
 def contents(folder: Path) -> dict[str, bytes]:
     """Returns the name and bytes of every file below `folder`."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def run_killed_at(module: str, arguments: Sequence[object], number: int) -> int:
+    """Returns the exit status of a command of data_prep, killed right before its `number`-th renaming if it gets there."""
+    code = f"""
+import os, signal, sys
+from data_prep import {module}
+from setclip import files
+rename, seen = os.replace, 0
+def counted(*args):
+    global seen
+    seen += 1
+    if seen == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*args)
+files.os.replace = counted
+sys.argv[1:] = {list(map(str, arguments))!r}
+{module}.main()
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL).returncode

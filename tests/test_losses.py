@@ -9,7 +9,6 @@ import pytest
 import torch
 from loss_reference import BATCHES, CONFIGS, IMAGE_SETS, TEXT_SETS, batch_sets, features, weights, with_gradients
 from ranks import on_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.losses import (
     LOSSES,
@@ -387,19 +386,9 @@ def test_nothing_of_the_size_of_all_pairs_is_ever_made(monkeypatch):
     drawn = reference.zipf_sets(size, 5, 20_000, 7)
     sets = batch_sets(drawn, drawn)
     images, texts = features(torch.float32, size, 8)
-    largest = [0]
-
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            made = function(*args, **(kwargs or {}))
-            for value in made if isinstance(made, tuple | list) else (made,):
-                if isinstance(value, torch.Tensor):
-                    largest[0] = max(largest[0], value.numel())
-            return made
-
-    with Largest():
+    with reference.LargestTensor() as largest:
         contrastive_loss(images, texts, torch.tensor(20.0), sets, LossConfig()).loss.backward()
-    assert 0 < largest[0] < size * size / 16
+    assert 0 < largest.size < size * size / 16
 
 
 def test_loss_at_equal_logits_is_the_logarithm_of_the_batch():

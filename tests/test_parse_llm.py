@@ -5,7 +5,6 @@ The model is a real HTTP server that answers by rule (tests/llm_server.py); test
 
 import fcntl
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from llm_server import MODEL, RuleServer
-from prep_material import contents, write_tar
+from prep_material import contents, run_killed_at, write_tar
 
 from data_prep.llm import object_answers, places, prompts
 from data_prep.llm.account import UNSAID, Account
@@ -428,7 +427,7 @@ def test_a_wrong_folder_is_known_before_anything_large_is_imported(tmp_path):
 def test_killed_at_each_renaming_it_goes_on_and_ends_with_the_same_bytes(shards, parsed, server, tmp_path):
     folder = copied(shards, tmp_path)
     moments = 0
-    while status := run_killed_at(folder, server, number=4 + moments):
+    while status := killed_at(folder, server, number=4 + moments):
         assert status == -signal.SIGKILL
         moments += 1
         if not (folder / "manifest.json").exists():
@@ -440,22 +439,8 @@ def test_killed_at_each_renaming_it_goes_on_and_ends_with_the_same_bytes(shards,
     assert without_traces(folder) == without_traces(parsed)
 
 
-def run_killed_at(folder: Path, server: RuleServer, number: int) -> int:
+def killed_at(folder: Path, server: RuleServer, number: int) -> int:
     """Returns the exit status of the command, killed right before its `number`-th renaming if it gets there."""
-    code = f"""
-import os, signal, sys
-from data_prep import parse_llm
-from setclip import files
-rename, seen = os.replace, 0
-def counted(*args):
-    global seen
-    seen += 1
-    if seen == {number}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*args)
-files.os.replace = counted
-sys.argv[1:] = [{str(folder)!r}, "--model", "{MODEL}", "--runner", "http", "--url", "{server.url}", "--processes", "1"]
-parse_llm.main()
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL).returncode
+    return run_killed_at(
+        "parse_llm", [folder, "--model", MODEL, "--runner", "http", "--url", server.url, "--processes", 1], number
+    )

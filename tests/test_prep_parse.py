@@ -1,13 +1,10 @@
 """`python -m data_prep.parse`: objects by other settings, shard by shard, with everything else untouched."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from prep_material import contents, write_tar
+from prep_material import contents, run_killed_at, write_tar
 
 from data_prep.parse import ParseConfig, parse_again
 from data_prep.run import prepare
@@ -76,7 +73,7 @@ def test_killed_at_each_renaming_it_goes_on_and_meanwhile_nothing_reads_the_fold
     folder = prepared(tmp_path)
     moments = 0
     while True:
-        status = run_killed_at(folder, number=6)
+        status = killed_at(folder, number=6)
         if status == 0:
             break
         assert status == -signal.SIGKILL
@@ -95,22 +92,6 @@ def again_in(folder: Path) -> Path:
     return folder
 
 
-def run_killed_at(folder: Path, number: int) -> int:
+def killed_at(folder: Path, number: int) -> int:
     """Returns the exit status of the command, killed right before its `number`-th renaming if it gets there."""
-    code = f"""
-import os, signal, sys
-from data_prep import parse
-from setclip import files
-rename, seen = os.replace, 0
-def counted(*args):
-    global seen
-    seen += 1
-    if seen == {number}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*args)
-files.os.replace = counted
-sys.argv[1:] = [{str(folder)!r}, "--compound", "False", "--processes", "1"]
-parse.main()
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL).returncode
+    return run_killed_at("parse", [folder, "--compound", False, "--processes", 1], number)

@@ -9,6 +9,7 @@ from data_prep.llm.prompts import DESCRIPTION_SECOND, request_id
 from data_prep.llm.texts import (
     EMPTY,
     ERROR,
+    FINISH,
     LENGTH,
     LOOP,
     PROMPT_ECHO,
@@ -28,7 +29,6 @@ EXAMPLE = "speaks of an example"
 OFF_TOPIC = "neither names the class nor says how it looks"
 SHORT = "fewer than four words"
 LONG = "a hundred and fifty words or more"
-FINISH = "ended otherwise than by itself"
 
 UNNAMED = "does not name the class"
 NO_LOOKS = "no word of appearance"

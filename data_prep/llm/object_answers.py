@@ -13,6 +13,7 @@ from data_prep.llm.prompts import OBJECTS
 from data_prep.llm.texts import (
     EMPTY,
     ERROR,
+    FINISH,
     LENGTH,
     LOOP,
     PROMPT_ECHO,
@@ -32,7 +33,6 @@ ECHO = "echo of the caption"
 SENTENCE = "sentences instead of a list"
 TOO_MANY = "more objects than the caption has words"
 NO_OBJECT = "no object left after normalising"
-FINISH = "ended otherwise than by itself"
 
 _MOST_WORDS = 6  # of one object; more are a sentence
 _ECHO_WORDS = 5  # of the caption on end in one object

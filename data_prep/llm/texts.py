@@ -10,6 +10,7 @@ T = TypeVar("T")
 ERROR = "error of the server"
 EMPTY = "empty"
 LENGTH = "cut off at the limit of tokens"
+FINISH = "ended otherwise than by itself"
 LOOP = "loop"
 REFUSAL = "refusal"
 PROMPT_ECHO = "echo of the question"

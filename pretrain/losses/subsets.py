@@ -91,8 +91,8 @@ def find_overlaps(classes: SetClasses, most_pairs: float = float("inf")) -> Over
 
     _, ids = keep(classes.rows, classes.ids)
     keys = ids.rows * max(1, ids.count) + ids.subsets  # ascending, because ids ascend within a class
-    is_large = _large_rows(ids, num)
-    if _pairs_to_list(ids, is_large) > most_pairs:
+    is_large, pairs_of_rows = _large_rows(ids, num)
+    if 2 * float(pairs_of_rows[is_large].sum()) > most_pairs:
         return None
 
     small = ~is_large[ids.rows]
@@ -115,20 +115,14 @@ def find_overlaps(classes: SetClasses, most_pairs: float = float("inf")) -> Over
     return Overlaps(classes, tuple(levels), pairs, is_large, keys, ids)
 
 
-def _large_rows(ids: Level, num: int) -> Tensor:
-    """Returns which rows have more subsets to look at than pairs."""
+def _large_rows(ids: Level, num: int) -> tuple[Tensor, Tensor]:
+    """Returns which rows have more subsets to look at than pairs, and the pairs of each, those of several ids as often."""
     lengths = torch.bincount(ids.rows, minlength=num)
     by_length = [max(0, sum(comb(k, t) for t in range(1, ORDER + 2)) - _FEW) for k in range(int(lengths.max()) + 1)]
     subsets = torch.tensor(by_length, device=lengths.device)[lengths]
     holders = torch.bincount(ids.subsets, minlength=ids.count)
     pairs = torch.zeros_like(subsets).index_add_(0, ids.rows, holders[ids.subsets])
-    return subsets > pairs
-
-
-def _pairs_to_list(ids: Level, is_large: Tensor) -> float:
-    """Returns how many pairs the large rows have, those of several ids counted as often."""
-    holders = torch.bincount(ids.subsets, minlength=ids.count)
-    return 2 * float(holders[ids.subsets[is_large[ids.rows]]].sum())
+    return subsets > pairs, pairs
 
 
 def _pairs_of_large_rows(ids: Level, is_large: Tensor, num: int) -> Pairs | None:
