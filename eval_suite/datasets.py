@@ -1,6 +1,6 @@
-"""The data sets that evaluations know by name, as data: where they lie, how many samples they have, their prompts.
+"""The data sets of zero-shot classification, as data: where they lie, how many samples they have, their prompts.
 
-A new data set is one entry. Used by the commands of zero-shot classification and retrieval. By name they lie under
+A new data set is one entry. Used by the command of zero-shot classification. By name they lie under
 `$SETCLIP_DATA` (default `data/`).
 """
 
@@ -14,10 +14,9 @@ from typing import Literal
 import open_clip
 
 from eval_suite.images import ClassFolders, find_class_folders
-from setclip.datasets import data_root, locate
+from setclip.datasets import data_root
 from setclip.errors import InputError
 from setclip.lookup import look_up
-from setclip.manifest import MANIFEST_NAME
 from setclip.objects import OBJECTS_NAME
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -85,10 +84,6 @@ ZERO_SHOT_DATASETS: dict[str, ZeroShotDataset] = {
         has_objects=True,
     ),
 }
-
-
-RETRIEVAL_DATASETS = ("scenes",)
-"""Names in `setclip.datasets.DATASETS` that are shards with captions held out for retrieval."""
 
 
 def open_zero_shot(
@@ -171,18 +166,3 @@ def objects_of(dataset: ZeroShotDataset, found: ClassFolders) -> Path | None:
         return None
     inside, beside = found.folder / OBJECTS_NAME, found.folder.parent / OBJECTS_NAME
     return inside if inside.exists() else beside
-
-
-def retrieval_place(name: str | None, data: Path | None) -> tuple[str, Path]:
-    """Returns (name, folder of shards): of a known name, of any folder of shards under the data root, or of `data`."""
-    if data is not None:
-        return name or data.resolve().name, data
-    if name is None:
-        raise InputError(
-            f"expected the name of a data set ({', '.join(RETRIEVAL_DATASETS)}) or a folder of shards given by --data, "
-            "found neither"
-        )
-    root = data_root()
-    prepared = [path.parent.name for path in root.glob(f"*/{MANIFEST_NAME}")]
-    look_up(dict.fromkeys((*RETRIEVAL_DATASETS, *prepared)), name, "dataset")
-    return name, root / name if name in prepared else locate(name)

@@ -19,8 +19,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from eval_suite.datasets import retrieval_place
 from eval_suite.encode import EncodeImage, EncodeText, encode_functions, encode_images, encode_texts
+from eval_suite.gallery import gallery
 from eval_suite.images import ShardImages, image_batches
 from eval_suite.metrics import (
     TIE_RULES,
@@ -35,10 +35,10 @@ from eval_suite.metrics import (
     percentile_interval,
     recall_at_k,
     retrieval_ranks,
-    top_matches,
 )
 from eval_suite.model import model_to_evaluate
 from eval_suite.results import Metric, Results, default_out, markdown_table
+from eval_suite.retrieval_data import retrieval_place
 from setclip.config import command, parse, to_dict
 from setclip.errors import InputError
 from setclip.files import write_json
@@ -163,50 +163,6 @@ def _bootstrap(i2t: Ranks, t2i: Ranks, image_of_text: Tensor, resamples: int, se
     return bootstrap_percentages(torch.stack(hits, 1), torch.stack(counts, 1), resamples, seed)
 
 
-# --- the gallery
-
-
-def gallery(
-    outcome: RetrievalOutcome, keys: Sequence[str], captions: Sequence[Sequence[str]], num_queries: int = 12, k: int = 5
-) -> dict[str, Any]:
-    """Returns, for each direction, queries spread evenly over the data ("chosen") and those ranked worst ("worst").
-
-    Each query has its image key or caption, its 1-based rank (ties against us) and its `k` best answers with key,
-    caption, score and whether they are right.
-    """
-    texts = [text for of_image in captions for text in of_image]
-    owners = outcome.image_of_text.tolist()
-    found: dict[str, Any] = {}
-    for direction, ranks in (("i2t", outcome.i2t), ("t2i", outcome.t2i)):
-        rank = ranks.by(HEADLINE_RULE)
-        spread = torch.linspace(0, len(rank) - 1, min(num_queries, len(rank))).round().long().unique().tolist()
-        order = torch.sort(rank, descending=True, stable=True).indices[:num_queries].tolist()
-        worst = [query for query in order if rank[query] > 0]
-
-        def entry(query: int, direction: str = direction, rank: Tensor = rank) -> dict[str, Any]:
-            if direction == "i2t":
-                asked: dict[str, Any] = {"key": keys[query], "captions": list(captions[query])}
-                answers = [
-                    {
-                        "caption": texts[text],
-                        "key": keys[owners[text]],
-                        "score": value,
-                        "is_right": owners[text] == query,
-                    }
-                    for text, value in top_matches(outcome.score, query, len(texts), k, "row")
-                ]
-            else:
-                asked = {"caption": texts[query], "key": keys[owners[query]]}
-                answers = [
-                    {"key": keys[image], "score": value, "is_right": owners[query] == image}
-                    for image, value in top_matches(outcome.score, query, len(keys), k, "column")
-                ]
-            return {"query": asked, "rank": int(rank[query]) + 1, "answers": answers}
-
-        found[direction] = {"chosen": [entry(q) for q in spread], "worst": [entry(q) for q in worst]}
-    return found
-
-
 # --- the command
 
 
@@ -270,7 +226,8 @@ def evaluate(config: RetrievalConfig) -> tuple[Results, dict[str, Any] | None]:
     )
     if config.gallery_queries < 1:
         return results, None
-    pictures = gallery(outcome, keys, captions, config.gallery_queries)
+    found = (outcome.score, outcome.i2t, outcome.t2i, outcome.image_of_text)
+    pictures = gallery(*found, keys, captions, config.gallery_queries)
     return results, {"data": str(place), "split": split, "checkpoint": loaded.identity, **pictures}
 
 

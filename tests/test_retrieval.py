@@ -10,9 +10,10 @@ from evaluation_samples import small_model, write_run, write_shards
 
 from eval_suite import retrieval as module
 from eval_suite.encode import encode_functions
+from eval_suite.gallery import gallery
 from eval_suite.images import ShardImages, image_batches
 from eval_suite.results import Results
-from eval_suite.retrieval import RetrievalConfig, evaluate, gallery, read_captions, retrieval
+from eval_suite.retrieval import RetrievalConfig, evaluate, read_captions, retrieval
 from setclip.errors import InputError
 from setclip.images import eval_transform
 from setclip.manifest import open_split
@@ -111,7 +112,16 @@ def test_the_gallery_marks_right_answers_and_lists_the_worst_failures_first():
     captions = [[str(i)] for i in range(20)]
     captions[4] = ["5"]  # ranks image 5 first
     outcome = retrieval(*one_hot_encoders(20), id_batches(20), captions)
-    found = gallery(outcome, [f"key{i}" for i in range(20)], captions, num_queries=5, k=3)
+    found = gallery(
+        outcome.score,
+        outcome.i2t,
+        outcome.t2i,
+        outcome.image_of_text,
+        [f"key{i}" for i in range(20)],
+        captions,
+        num_queries=5,
+        k=3,
+    )
     chosen = found["t2i"]["chosen"]
     assert len(chosen) == 5
     assert chosen[0]["answers"][0] == {"key": "key0", "score": 1.0, "is_right": True}
