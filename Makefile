@@ -46,7 +46,7 @@ test: $(VENV)/.installed img2dataset ## run all tests that need only Python pack
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-llm: vllm ## run the tests with the real vLLM, which `make test` leaves out
-	@$(BIN)/python -m pytest -m "llm and not soak" $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m "llm and not soak" --numprocesses 2 --dist loadgroup $(PYTEST_FLAGS)
 
 check: $(VENV)/.installed ## lint, format check and types
 	@$(BIN)/ruff check .

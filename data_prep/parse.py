@@ -5,6 +5,7 @@
 Shard by shard, in place (`data_prep.rewrite`); killed at any time, the same command goes on.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,11 +46,19 @@ def parse_again(config: ParseConfig) -> Manifest:
     job = Rewrite(
         parser=pos_config.NAME,
         version=pos_parser(pos).version,
-        command=f"python -m data_prep.parse {config.folder}",
+        command=_command(config),
         objects=partial(_objects, pos=pos),
         config={"compound": config.compound, "stop_words": list(config.stop_words)},
     )
     return rewrite.rewrite(config.folder, job, config.processes)
+
+
+def _command(config: ParseConfig) -> str:
+    """Returns what a user types to go on."""
+    words = ["python", "-m", "data_prep.parse", str(config.folder)]
+    words += [] if config.compound else ["--compound", "False"]
+    words += [] if config.stop_words == STOP_WORDS else ["--stop-words", *config.stop_words]
+    return shlex.join(words)
 
 
 def _objects(samples: Sequence[Sample], pos: PosConfig) -> list[ObjectLists]:

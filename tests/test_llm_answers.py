@@ -74,6 +74,8 @@ def parser():
         ),
         ('"dog", "frisbee", "grass"', ("quotes",)),
         ("dog (brown), frisbee, grass", ("brackets",)),
+        ("[dog], [frisbee], [grass]", ("brackets",)),
+        ("[dog] [frisbee] and [grass].", ("brackets",)),
         ("[dog, frisbee, grass]", ("brackets",)),
         ("(dog, frisbee, grass).", ("brackets",)),
         ("{dog (brown), frisbee, grass}", ("brackets",)),

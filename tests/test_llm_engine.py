@@ -33,6 +33,8 @@ from data_prep.llm.texts import words
 from setclip.errors import InputError
 
 pytestmark = [pytest.mark.llm, pytest.mark.slow]
+# Two processes share the tests, and each makes for itself what its tests need.
+ANSWERS, KILLS = pytest.mark.xdist_group("answers"), pytest.mark.xdist_group("kills")
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTION = "Please directly indicate the objects contained in the caption, separated by commas."
@@ -293,6 +295,8 @@ def start(tmp_path) -> Iterator[Callable[..., Run]]:
 # --- the same answers from everywhere
 
 
+@ANSWERS
+@pytest.mark.usefixtures("served")  # starts while this and the next run
 def test_each_answer_is_its_caption_s_own(place, tiny, undisturbed):
     asked = questions(captions(400))
     answers = [undisturbed[r.custom_id] for r in asked]
@@ -333,12 +337,14 @@ print(json.dumps(texts))
 """
 
 
+@ANSWERS
 def test_requests_too_long_for_the_model_are_errors_of_their_own(undisturbed):
     assert "that is more than the model's 1024" in (undisturbed["too-long"].error or "")
     assert "that is more than the model's 1024" in (undisturbed["too-long-with-its-answer"].error or "")
     assert undisturbed["empty"].error is None
 
 
+@ANSWERS
 def test_run_batch_gives_the_same_answers(place, tiny, undisturbed, tmp_path):
     config = config_of(tiny, place, runner="run-batch")
     answers = ask([*questions(captions(400)), *ODD], tmp_path, config, description="run-batch")
@@ -346,6 +352,7 @@ def test_run_batch_gives_the_same_answers(place, tiny, undisturbed, tmp_path):
     assert Counter(ids_in(tmp_path)) == Counter(list(answers))
 
 
+@ANSWERS
 def test_a_server_gives_the_same_answers(place, served, undisturbed, tmp_path):
     served.wait()
     answers = ask([*questions(captions(400)), *ODD], tmp_path, http(served, place), description="http")
@@ -353,6 +360,7 @@ def test_a_server_gives_the_same_answers(place, served, undisturbed, tmp_path):
     assert Counter(ids_in(tmp_path)) == Counter(list(answers))
 
 
+@ANSWERS
 def test_two_parts_together_are_one(place, tiny, undisturbed, start, tmp_path):
     asked = questions(captions(400))
     config = {"model": str(tiny), "dtype": "float32", "max_tokens": MAX_TOKENS, "max_model_len": 1024}
@@ -374,6 +382,7 @@ def torn(folder: Path) -> bool:
     return not (folder / "answers.jsonl").read_bytes().endswith(b"\n")
 
 
+@KILLS
 def test_3000_requests_survive_kills_of_caller_worker_engine_and_server(
     place, tiny, served, undisturbed, start, tmp_path, monkeypatch
 ):
@@ -430,6 +439,7 @@ def test_3000_requests_survive_kills_of_caller_worker_engine_and_server(
     assert [answers[r.custom_id].text for r in asked[:400]] == [texts[r.messages[0]["content"]] for r in asked[:400]]
 
 
+@KILLS
 @pytest.mark.soak
 def test_soak_12000_requests_survive_thirty_kills_of_the_caller(place, tiny, start, tmp_path):
     moments = random.Random(int(os.environ.get("SETCLIP_SOAK_SEED", "1")))
@@ -458,6 +468,7 @@ def test_soak_12000_requests_survive_thirty_kills_of_the_caller(place, tiny, sta
 # --- a model that knows words
 
 
+@ANSWERS
 def test_smollm2_answers_real_captions_and_what_is_bad_is_caught(place, smol, tmp_path, capsys):
     texts = real_captions(30)
     config = config_of(smol, place, max_tokens=48)

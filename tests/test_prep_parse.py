@@ -79,7 +79,7 @@ def test_killed_at_each_renaming_it_goes_on_and_meanwhile_nothing_reads_the_fold
         assert status == -signal.SIGKILL
         moments += 1
         if not (folder / "manifest.json").exists():
-            with pytest.raises(InputError, match=r"unfinished parse; start it again: `python -m data_prep\.parse"):
+            with pytest.raises(InputError, match=r"start it again: `python -m data_prep\.parse \S+ --compound False`"):
                 Manifest.load(folder)
             with pytest.raises(InputError, match="expected to go on with the parse of"):
                 again(folder, compound=True, stop_words=("dog",))

@@ -27,7 +27,7 @@ from data_prep.llm.texts import (
     words,
 )
 
-RULES_VERSION = 2  # raise it when the same answer would give other names
+RULES_VERSION = 3  # raise it when the same answer would give other names
 
 ECHO = "echo of the caption"
 SENTENCE = "sentences instead of a list"
@@ -83,6 +83,7 @@ _SEPARATOR = re.compile(r"\s*(?:[;|\t，、；،]|\s[•·]\s)\s*")
 _TABLE_RULE = re.compile(r":?-+:?")
 _EXPLANATION = re.compile(r"(?:\s*:\s|\s+[-–—]\s)[^\n]*$", re.MULTILINE)
 _WHOLE_BRACKETS = re.compile(r"\[([^\[\]]*)\]\.?|\(([^()]*)\)\.?|\{([^{}]*)\}\.?")
+_EACH_IN_BRACKETS = re.compile(r"\[[^\[\],]+\](?:(?:\s*,)?\s*(?:(?:and|&)\s+)?\[[^\[\],]+\])+\.?")  # [dog], [cat]
 # Not those after a colon, which may hold the list.
 _BRACKETS = re.compile(r"(?<![: ])(?<!:\n)[^\S\n]*[(\[][^()\[\]]*[)\]]")
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
@@ -148,6 +149,8 @@ def repaired(text: str) -> tuple[str, list[str]]:
     apply("bullets", _BULLET.sub("\n", text).strip())
     if "numbering" in repairs or "bullets" in repairs:
         apply("explanations", _EXPLANATION.sub("", text))
+    if _EACH_IN_BRACKETS.fullmatch(text):
+        apply("brackets", ", ".join(re.findall(r"\[([^\[\]]+)\]", text)))
     if whole := _WHOLE_BRACKETS.fullmatch(text):
         apply("brackets", whole[whole.lastindex or 0].strip())
     apply("brackets", _BRACKETS.sub("", text))
