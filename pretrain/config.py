@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from pretrain.bad_steps import GuardConfig
+from pretrain.checkpoints import SaveConfig
 from pretrain.engine import EngineConfig
 from pretrain.losses import LossConfig
 from pretrain.optim import OptimConfig
@@ -46,7 +48,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluation along the way (on rank 0)."""
+    """Evaluation along the way, on all ranks."""
 
     every_steps: int = 0
     """Evaluate after each of so many steps, and after the last; 0: never."""
@@ -63,7 +65,9 @@ class PretrainConfig:
     out: Path | None = None
     """The run folder; None: runs/RECIPE."""
     resume: bool = False
-    """Continue from the newest checkpoint in the run folder."""
+    """Continue from the newest whole checkpoint in the run folder."""
+    change: bool = False
+    """With --resume: go on with other settings of --optim, --loss, --steps or --epochs than the run was begun with."""
     overwrite: bool = False
     """Remove the run in the run folder and start anew."""
     dataset: str | None = None
@@ -86,15 +90,15 @@ class PretrainConfig:
     """Decides initial weights, data order, augmentation and caption choice."""
     log_every_steps: int = 50
     """Steps between lines in the log and in metrics.jsonl, over which they average."""
-    save_every_steps: int = 1000
-    """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = 2
-    """Older checkpoints are removed."""
+    save: SaveConfig = field(default_factory=SaveConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+        for name in ("global_batch_size", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.change and not self.resume:
+            raise ValueError("change is for --resume True: it lets a run go on with other settings")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: continue the run, or remove it")
 
@@ -142,7 +146,7 @@ def tiny() -> PretrainConfig:
         global_batch_size=256,
         steps=500,
         log_every_steps=25,
-        save_every_steps=500,
+        save=SaveConfig(every_steps=500),
     )
 
 
@@ -155,7 +159,7 @@ def photos() -> PretrainConfig:
         global_batch_size=256,
         epochs=16,
         log_every_steps=20,
-        save_every_steps=200,
+        save=SaveConfig(every_steps=200),
     )
 
 

@@ -5,6 +5,7 @@ would compile its own for minutes). `pretrain.state` takes the state out and put
 """
 
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -48,6 +49,16 @@ class EngineConfig:
             raise ValueError("precision bf16 needs --engine.zero-stage 1, 2 or 3; found 0")
 
 
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of a step; the same on every rank."""
+
+    grad_norm: float
+    """L2 norm of the gradient over all parameters before clipping; not finite where the step was skipped."""
+    is_applied: bool
+    """False where loss or gradient were not finite on some rank: weights, moments and buffers are then as before."""
+
+
 class Engine:
     """A model, its optimizer and the collectives between ranks."""
 
@@ -66,6 +77,10 @@ class Engine:
         if getattr(model, "logit_bias", None) is not None:
             model.register_forward_hook(_with_own_bias)
         self._cache: FeatureCache | None = None
+        # Batch norm's statistics take in a batch while it is encoded, also one whose step is skipped.
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        self._buffers = [buffer for module in norms for buffer in module.buffers()]
+        self._buffers_before: list[Tensor] = []
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, optim.weight_decay),
             lr=optim.lr,
@@ -100,26 +115,46 @@ class Engine:
     def forward(self, images: Tensor, tokens: Tensor) -> Features:
         """Returns the features of B pairs, with exp(logit_scale) capped. `step` takes a loss that is made of them."""
         images = images.to(self.dtype)
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
         if self.config.accumulation == 1:
             return self._encode(images, tokens)
         self._cache = FeatureCache(self._encode, self.model, images, tokens, self.config.accumulation)
         return self._cache.features
 
-    def step(self, loss: Tensor, lr: float) -> float:
-        """Averages the gradients of `loss` over ranks, clips, steps at `lr`; returns the gradient's norm before clipping."""
+    def step(self, loss: Tensor, lr: float) -> StepOutcome:
+        """Averages the gradients of `loss` over ranks, clips, and steps at `lr` unless something is not finite."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        # An infinite loss may have a finite gradient; as NaN it reaches every rank.
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
         if self._cache is None:
             self.deepspeed.backward(loss)
         else:
             self._cache.backward(loss, self._backward_part)
             self._cache = None
-        if self.config.zero_stage == 0:  # there DeepSpeed clips without keeping the norm
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        outcome = self._step_plain() if self.config.zero_stage == 0 else self._step_sharded()
+        if not outcome.is_applied:
+            for buffer, value in zip(self._buffers, self._buffers_before, strict=True):
+                buffer.copy_(value)
+        return outcome
+
+    def _step_plain(self) -> StepOutcome:
+        # At stage 0 DeepSpeed clips without keeping the norm, and steps whatever it is.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if math.isfinite(norm):
             self.deepspeed.step()
-            return float(norm)
+            return StepOutcome(float(norm), True)
+        self.deepspeed.zero_grad()
+        self.deepspeed.micro_steps += 1
+        self.deepspeed.global_steps += 1
+        self.deepspeed.skipped_steps += 1
+        return StepOutcome(float(norm), False)
+
+    def _step_sharded(self) -> StepOutcome:
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm())
+        if self.deepspeed.was_step_applied():
+            return StepOutcome(float(self.deepspeed.get_global_grad_norm()), True)
+        return StepOutcome(math.inf, False)
 
     def _encode(self, images: Tensor, tokens: Tensor) -> Features:
         output: Any = self.deepspeed(images, tokens)
@@ -129,6 +164,10 @@ class Engine:
         # DeepSpeed knows of one micro-batch a step, or it would divide by their number; it is told where a step ends.
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss)
+
+    def set_step(self, step: int) -> None:
+        """Sets the counters of a resumed run."""
+        self.deepspeed.global_steps = self.deepspeed.micro_steps = step
 
     def train(self, mode: bool = True) -> None:
         """Switches dropout and batch norm."""

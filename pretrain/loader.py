@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pretrain.data_order import DataOrder, Place
+from pretrain.stopping import leave_signals_to_the_parent
 from setclip.decode import DecodeError
 from setclip.errors import InputError
 from setclip.hashing import hash_text, hash_u64
@@ -268,6 +269,7 @@ class Loader:
             num_workers=num_workers,
             prefetch_factor=4 if num_workers else None,
             persistent_workers=num_workers > 0,
+            worker_init_fn=leave_signals_to_the_parent,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -279,6 +281,12 @@ class Loader:
                 waiting = [rest]
                 self._account(batch)
                 yield batch
+
+    def close(self) -> None:
+        """Ends the loader's processes."""
+        iterator = getattr(self._source, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
 
     def _account(self, batch: Batch) -> None:
         for lane, count in zip(batch.lanes, batch.skips_before, strict=True):

@@ -39,7 +39,12 @@ class RunLog:
         self.meter.update(samples, note=f"loss {values['loss']:.3f}")
 
     def line(self, **now: Any) -> dict[str, Any]:
-        """Writes and returns the interval's averages, with the values of `now` (step, samples_seen, …) as they are."""
+        """Writes and returns the interval's averages, with the values of `now` (step, samples_seen, …) as they are.
+
+        Writes nothing where all of its steps were skipped.
+        """
+        if not self._steps:
+            return {}
         busy = sum(self._seconds.values())
         entry = {
             **now,

@@ -31,6 +31,10 @@ class TrainState:
     """Lane to the number of samples that it skipped."""
     course: dict[str, Any]
     """Settings that fix data order, schedule and model; a resume with others would not be the same run."""
+    applied_steps: int
+    """Steps at which the optimizer stepped: all but the skipped ones."""
+    left_out: tuple[int, ...]
+    """Steps whose batches are not trained on (counted from 1), because a run went back behind them."""
 
 
 def write_state(folder: Path, state: TrainState, moments: Mapping[str, Tensor]) -> None:
@@ -39,8 +43,17 @@ def write_state(folder: Path, state: TrainState, moments: Mapping[str, Tensor]) 
     write_json(folder / STATE_NAME, asdict(state))
 
 
-def read_state(folder: Path, course: Mapping[str, Any]) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
-    """Returns (state, weights, moments). Raises InputError where the run was another one, naming each difference."""
+CHANGEABLE = ("loss", "optim", "total_steps")
+"""Of the course: what --change may change. The rest decides which samples come, and to what model."""
+
+
+def read_state(
+    folder: Path, course: Mapping[str, Any], may_change: bool = False
+) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
+    """Returns (state, weights, moments); the state has the course with which the run was going until then.
+
+    Raises InputError where the run was another one, naming each difference; with `may_change` those in CHANGEABLE are let pass.
+    """
     path = folder / STATE_NAME
     if not path.exists():
         raise InputError(
@@ -53,16 +66,18 @@ def read_state(folder: Path, course: Mapping[str, Any]) -> tuple[TrainState, dic
         content["samples_seen"],
         {int(lane): count for lane, count in content["skipped"].items()},
         content["course"],
+        content["applied_steps"],
+        tuple(content["left_out"]),
     )
     wanted = json.loads(json.dumps(dict(course)))  # tuples become lists, as in the file
-    differing = [
-        f"{name} was {state.course.get(name)!r}, is {value!r}"
-        for name, value in wanted.items()
-        if state.course.get(name) != value
-    ]
-    if differing:
+    differing = [name for name, value in wanted.items() if state.course.get(name) != value]
+    if differing and not (may_change and set(differing) <= set(CHANGEABLE)):
+        run = folder.parents[1]
+        told = "; ".join(f"{name} was {state.course.get(name)!r}, is {wanted[name]!r}" for name in differing)
+        fixed = [name for name in differing if name not in CHANGEABLE]
+        how = "" if fixed else ", go on with these with --change True"
         raise InputError(
-            f"the run in {folder.parents[1]} was started with other settings: {'; '.join(differing)}. Resume it with its "
-            f"own (--config {folder.parents[1] / 'config.yaml'}), or start a new run in another --out"
+            f"the run in {run} was started with other settings: {told}. Resume it with its own (--config "
+            f"{run / 'config.yaml'}){how}, or start a new run in another --out"
         )
     return state, load_file(folder / WEIGHTS_NAME), load_file(folder / OPTIMIZER_NAME)

@@ -70,7 +70,8 @@ def gather_moments(engine: Engine, step: int) -> dict[str, Tensor]:
 def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
     """Puts master weights and AdamW's moments into an engine that has taken no step.
 
-    The model must have been given `weights` before the engine was made: that fills buffers and frozen parameters.
+    `step`: the steps at which AdamW stepped. The model must have been given `weights` before the engine was made: that
+    fills buffers and frozen parameters.
     """
     optimizer = _plain_optimizer(engine)
     if engine.config.zero_stage == 3:  # AdamW sees one flat partition at a time, only while it steps
@@ -104,7 +105,6 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str,
                 safe_set_full_optimizer_state(parameter, value, kind)
     if engine.config.zero_stage in (1, 2):
         engine.deepspeed.optimizer.update_lp_params()  # set_fp32 leaves the model's own weights stale
-    engine.deepspeed.global_steps = engine.deepspeed.micro_steps = step
 
 
 def _plain_optimizer(engine: Engine) -> Any:

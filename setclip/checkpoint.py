@@ -5,6 +5,7 @@
         open_clip_config.json    model_cfg and preprocess_cfg, as open_clip writes them
         setclip_config.json      step, samples seen, data, recipe, provenance
         training_state.json, optimizer.safetensors   (pretrain only: what a resume needs)
+        checksums.json           SHA-256 of each of the others
 
 A folder is written beside and renamed, so one that has its name is complete. No pickle. Written by pretrain, read by
 eval_suite and by anything that starts from weights.
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from setclip.errors import InputError
-from setclip.files import replacing, write_json
+from setclip.files import replacing, sha256_of, write_json
 from setclip.images import MEAN, STD
 from setclip.log import say
 from setclip.models.clip import build_clip, image_size_of, load_weights, model_config, tokenizer_for
@@ -31,6 +32,7 @@ from setclip.models.clip import build_clip, image_size_of, load_weights, model_c
 WEIGHTS_NAME = "model.safetensors"
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 SETCLIP_CONFIG_NAME = "setclip_config.json"
+CHECKSUMS_NAME = "checksums.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
@@ -74,6 +76,23 @@ def save_checkpoint(
         write_json(temporary / SETCLIP_CONFIG_NAME, dict(description))
         if extras is not None:
             extras(temporary)
+        write_json(temporary / CHECKSUMS_NAME, {file.name: sha256_of(file) for file in sorted(temporary.iterdir())})
+
+
+def damage_of(folder: Path) -> str | None:
+    """Returns what is wrong with the files of a checkpoint folder of ours, by its checksums; None if nothing is."""
+    path = folder / CHECKSUMS_NAME
+    try:
+        checksums = json.loads(path.read_text(encoding="utf-8"))
+        for name, expected in checksums.items():
+            found = sha256_of(folder / name)
+            if found != expected:
+                return f"{name} has another checksum than {CHECKSUMS_NAME} says"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{CHECKSUMS_NAME} or what it lists cannot be read ({error})"
+    return None
 
 
 def checkpoints_of(run: str | Path) -> list[Path]:

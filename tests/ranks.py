@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from setclip import distributed  # (setclip comes before torchvision, in the new processes too)
+from setclip import distributed
+
+# The processes are forked from one that has imported this already, and has nothing else of the tests' process.
+mp.set_forkserver_preload(["setclip", "pretrain.run", "eval_suite.retrieval", "eval_suite.zeroshot"])
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -23,15 +26,31 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (world_size, port, folder, function, args), nprocs=world_size)
+        mp.start_processes(
+            _run,
+            (world_size, port, folder, dict(os.environ), function, args),
+            nprocs=world_size,
+            start_method="forkserver",
+        )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _run(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
+def _run(
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # the default of a command
     try:
         torch.save(function(*args), Path(folder) / f"{rank}.pt")
         distributed.stop()

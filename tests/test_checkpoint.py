@@ -137,7 +137,7 @@ def test_checkpoints_sort_by_step_and_runs_by_age(tmp_path):
 
 def test_files_hold_no_pickle(tmp_path):
     _, path = save(tmp_path)
-    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".safetensors"]
+    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".json", ".safetensors"]
     assert json.loads((path / "setclip_config.json").read_text())["recipe"] == "test"
 
 

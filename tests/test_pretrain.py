@@ -16,6 +16,7 @@ from material import NOUNS, damage_image, write_model, write_shards
 from ranks import on_ranks
 from safetensors.torch import load_file
 
+from pretrain.checkpoints import SaveConfig
 from pretrain.config import RECIPES, EvalConfig, PretrainConfig, local_batch_size, tiny
 from pretrain.losses import LOSSES, LossConfig
 from pretrain.optim import OptimConfig, learning_rate, parameter_groups
@@ -52,7 +53,7 @@ def config_of(place, out, **changes):
         "global_batch_size": 16,
         "steps": 10,
         "log_every_steps": 1,
-        "save_every_steps": 5,
+        "save": SaveConfig(every_steps=5),
         "engine": dataclasses.replace(base.engine, device="cpu"),
     }
     return dataclasses.replace(base, **{**settings, **changes})
@@ -83,6 +84,7 @@ def test_training_learns_and_leaves_what_it_promises(place, undisturbed):
         "setclip_config.json",
         "training_state.json",
         "optimizer.safetensors",
+        "checksums.json",
     }
     described = json.loads((undisturbed / "setclip_config.json").read_text())
     assert (described["step"], described["samples_seen"], described["epoch"]) == (10, 160, 2.5)
@@ -90,7 +92,7 @@ def test_training_learns_and_leaves_what_it_promises(place, undisturbed):
 
 
 def test_a_resume_in_mid_epoch_is_bit_identical(place, undisturbed):
-    run(config_of(place, "stopped", save_every_steps=3, keep_checkpoints=9))
+    run(config_of(place, "stopped", save=SaveConfig(every_steps=3, keep=9)))
     for later in ("step-00000010", "step-00000009", "step-00000006"):
         for file in (place / "stopped" / "checkpoints" / later).iterdir():
             file.unlink()

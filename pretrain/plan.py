@@ -1,0 +1,153 @@
+"""A run's arithmetic and data, checked in a second or so before anything is built. Used by the loop."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config import PretrainConfig, local_batch_size
+from pretrain.data_order import DataOrder, automatic_block_size
+from pretrain.resume import TrainState
+from setclip import config as configuration
+from setclip import distributed
+from setclip.checkpoint import checkpoints_of
+from setclip.datasets import locate
+from setclip.distributed import World
+from setclip.errors import InputError
+from setclip.log import say
+from setclip.manifest import Manifest, check_shards
+from setclip.models.clip import model_config, with_bias
+from setclip.objects import ObjectTable, read_objects
+from setclip.shards import ShardInfo
+
+_PARSED_BY = {"pos": "data_prep.parse", "llm": "data_prep.parse_llm"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's arithmetic and data, checked before anything is built."""
+
+    out: Path
+    folder: Path
+    manifest: Manifest
+    shards: list[ShardInfo]
+    order: DataOrder
+    local_batch_size: int
+    total_steps: int
+    model_cfg: dict[str, Any]
+    parser: str | None
+    """Whose objects are read; None where the shards have none and the loss needs none"""
+    object_table: ObjectTable | None
+    """What object weights are made from; None where the loss uses none"""
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.total_steps * self.local_batch_size * distributed.world_size()
+
+
+def make_plan(recipe: str, config: PretrainConfig, world: World) -> Plan:
+    """Checks configuration, data and run folder; takes a second or so. Raises InputError."""
+    if config.data.shards is None and config.dataset is None:
+        raise InputError("expected shards to train on (--data.shards DIR), found none; `data_prep.run` makes them")
+    folder = config.data.shards or locate(str(config.dataset))
+    manifest = Manifest.load(folder)
+    shards = manifest.of_split(config.data.split)
+    check_shards(folder, shards)
+    target = config.loss.find_target()
+    is_parsed = config.objects in manifest.parsers
+    if target.similarity is not None and not is_parsed:
+        raise InputError(
+            f"the loss {config.loss.full_name} needs parsed objects: expected those of {config.objects!r} in {folder}, found "
+            f"{sorted(manifest.parsers) or 'none'}; make them with `python -m {_PARSED_BY[config.objects]} {folder}`, choose "
+            "others with --objects, or a loss without objects: --loss.name hard"
+        )
+    is_weighted = config.loss.weights == "frequency" and "weights" in target.uses
+    object_table = read_objects(folder, config.objects) if is_weighted else None
+    sizes = tuple(shard.samples for shard in shards)
+    block_size = config.data.block_size or automatic_block_size(sum(sizes), config.data.num_lanes)
+    order = DataOrder(sizes, config.seed, config.data.num_lanes, block_size, config.data.window_blocks)
+    out = config.out or Path("runs") / recipe
+    found = checkpoints_of(out)
+    if config.resume and not found:
+        raise InputError(
+            f"expected a checkpoint to resume from under {out}/checkpoints, found none; leave out --resume"
+        )
+    if not config.resume and not config.overwrite and out.exists() and any(out.iterdir()):
+        raise InputError(
+            f"expected a new or empty run folder, found {out} with {len(found)} checkpoints; continue it with "
+            "--resume True, remove it with --overwrite True, or give another --out"
+        )
+    return Plan(
+        out,
+        folder,
+        manifest,
+        shards,
+        order,
+        local_batch_size(config.global_batch_size, world.size, config.engine.accumulation),
+        config.total_steps(order.num_samples),
+        with_bias(model_config(config.model.name), config.loss.name == "siglip"),
+        config.objects if is_parsed else None,
+        object_table,
+    )
+
+
+def course_of(config: PretrainConfig, plan: Plan) -> dict[str, Any]:
+    """Returns the settings that fix the course of a run; the others (ranks, micro-batches, logging, …) are free."""
+    tree = configuration.to_dict(config)
+    return {
+        "model": plan.model_cfg,
+        "data": plan.manifest.identity()["digest"],
+        "split": config.data.split,
+        "objects": config.objects,
+        "augment": tree["data"]["augment"],
+        "num_lanes": plan.order.num_lanes,
+        "block_size": plan.order.block_size,
+        "window_blocks": plan.order.window_blocks,
+        "loss": tree["loss"],
+        "optim": tree["optim"],
+        "global_batch_size": config.global_batch_size,
+        "total_steps": plan.total_steps,
+        "seed": config.seed,
+    }
+
+
+def announce(
+    recipe: str, config: PretrainConfig, plan: Plan, model: torch.nn.Module, state: TrainState, world: World
+) -> None:
+    """Says what is going to happen, and which settings have no effect."""
+    counts = {"image tower": 0, "text tower": 0}
+    for name, parameter in model.named_parameters():
+        counts["image tower" if name.startswith("visual.") else "text tower"] += parameter.numel()
+    present, listed = plan.manifest.pairs_present, plan.manifest.pairs_listed
+    number = config.engine.accumulation
+    cut = f"{plan.local_batch_size}" if number == 1 else f"{number} × {plan.local_batch_size // number}"
+    say(f"recipe {recipe}, model {config.model.name} ({', '.join(f'{k} {v / 1e6:.2f} M' for k, v in counts.items())})")
+    say(
+        f"data {plan.folder}, split {config.data.split!r}: {plan.order.num_samples:,} samples in {len(plan.shards)} shards; "
+        f"{present:,} of {listed:,} pairs present"
+    )
+    say(
+        f"loss {config.loss.full_name}, {world.size} rank(s) × {cut} = {config.global_batch_size} pairs a step, "
+        f"{plan.total_steps:,} steps = "
+        f"{plan.total_samples:,} samples = {plan.total_samples / plan.order.num_samples:.2f} epochs"
+    )
+    say(
+        f"engine DeepSpeed, ZeRO {config.engine.zero_stage}, {config.engine.precision}, {world.device}; run folder {plan.out}"
+    )
+    for name, value in config.loss.ignored().items():
+        say(f"note: --loss.{name.replace('_', '-')} {value} is not used by {config.loss.full_name}")
+    if plan.parser is None:
+        say(f"note: the shards have no objects of {config.objects!r}: similar_pairs and equal_pairs are not logged")
+    has_bias = model_config(config.model.name).get("init_logit_bias") is not None
+    if has_bias and "init_logit_bias" not in plan.model_cfg:
+        say(f"note: {config.model.name} is built without its logit_bias: only siglip has a use for it")
+    has_batch_norm = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if has_batch_norm and world.size * number > 1:
+        say(
+            f"note: the model has batch norm, whose statistics are those of {plan.local_batch_size // number} pairs at a time: "
+            "results depend on the number of ranks and on --engine.accumulation"
+        )
+    if state.step:
+        say(f"resuming at step {state.step:,}, {state.samples_seen:,} samples seen")

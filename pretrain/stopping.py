@@ -1,0 +1,48 @@
+"""Ends a run that is asked to end: SIGTERM or SIGUSR1 on any rank, and all save at the same step. Used by the loop.
+
+Slurm sends one of them before the time limit and when a job is preempted (`#SBATCH --signal=USR1@120`). The command then exits
+with a status of its own, on which a batch script can act: the run is whole, and the same command with --resume True goes on.
+"""
+
+import os
+import signal
+from types import FrameType, TracebackType
+
+EXIT_STOPPED = 75
+"""Exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, "try again"."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """The run has saved and stops because it was asked to."""
+
+
+class StopRequest:
+    """Notes the signals while it is entered; in the main thread only, elsewhere it notes nothing."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        """Name of the first signal that came."""
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {}
+        for number in _SIGNALS:
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread
+                break
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or signal.Signals(number).name
+
+
+def leave_signals_to_the_parent(worker: int = 0) -> None:
+    """Called in a loader's process: a signal for the job's process group must not end what the last step needs."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,0 +1,312 @@
+"""The loop: batches in, steps, lines, checkpoints, and what to do when something goes wrong. Used by pretrain.run."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.bad_steps import BadSteps, CollapseWatch
+from pretrain.checkpoints import Checkpoints, check_space, checkpoint_to_resume
+from pretrain.config import PretrainConfig
+from pretrain.engine import Engine, StepOutcome
+from pretrain.evaluate import Evaluator
+from pretrain.feature_cache import Features
+from pretrain.loader import Batch, Loader, SamplePipeline, automatic_workers, to_device
+from pretrain.losses import BatchSets, LossOutput, Moment, ObjectWeights, contrastive_loss, prepare_targets
+from pretrain.optim import OptimConfig, learning_rate
+from pretrain.plan import Plan, announce, course_of
+from pretrain.progress import RunLog
+from pretrain.resume import TrainState, read_state
+from pretrain.self_check import SelfCheck
+from pretrain.side_stream import SideStream
+from pretrain.state import gather_weights, restore
+from pretrain.stopping import Stopped, StopRequest
+from pretrain.watchdog import Watchdog
+from setclip import config as configuration
+from setclip import distributed
+from setclip.checkpoint import load_initial_weights
+from setclip.distributed import World
+from setclip.files import remove
+from setclip.hashing import hash_u64
+from setclip.images import MEAN, STD, Augment, normalize
+from setclip.log import say, warn
+from setclip.models.clip import build_clip, fit_bias, image_size_of, load_weights, tokenizer_for
+from setclip.provenance import describe
+from setclip.shards import Shard
+
+_DROPOUT, _TARGETS = 3, 4  # keep the draws of a step apart from each other and from those of the data
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: anew, or at a checkpoint."""
+
+    state: TrainState
+    folder: Path | None = None
+    """The checkpoint."""
+    weights: dict[str, Tensor] | None = None
+    moments: dict[str, Tensor] | None = None
+
+    @classmethod
+    def anew(cls, plan: Plan, config: PretrainConfig, left_out: tuple[int, ...] = ()) -> "Start":
+        """Returns the first step, without the batches of some steps."""
+        return cls(TrainState(0, 0, {}, course_of(config, plan), applied_steps=0, left_out=left_out))
+
+
+def start_of(plan: Plan, config: PretrainConfig, world: World, left_out: tuple[int, ...] = ()) -> Start:
+    """Returns the newest whole checkpoint of the run folder, or a start anew where there is none. Collective.
+
+    `left_out`: steps whose batches are not to be trained on, beside those that the checkpoint names.
+    """
+    course = course_of(config, plan)
+    folder = checkpoint_to_resume(plan.out, world)
+    if folder is None:
+        return Start.anew(plan, config, left_out)
+    state, weights, moments = read_state(folder, course, config.change)
+    _announce_changes(state, course)
+    left_out = tuple(sorted({*left_out, *state.left_out}))
+    return Start(replace(state, course=course, left_out=left_out), folder, weights, moments)
+
+
+def _announce_changes(state: TrainState, course: dict[str, Any]) -> None:
+    if state.course["optim"] == course["optim"] and state.course["total_steps"] == course["total_steps"]:
+        return
+    rates = []
+    for of_run in (state.course, course):
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in of_run["optim"].items()}
+        total = of_run["total_steps"] * of_run["global_batch_size"]
+        rates.append(learning_rate(OptimConfig(**values), state.samples_seen, total))
+    say(
+        f"note: the schedule is changed: the learning rate at step {state.step:,} was {rates[0]:.3e}, is {rates[1]:.3e}"
+    )
+
+
+class Training:
+    """A run from one start on. All ranks make one and call `run`."""
+
+    def __init__(
+        self, recipe: str, config: PretrainConfig, plan: Plan, start: Start, world: World, request: StopRequest
+    ):
+        self.config, self.plan, self.world, self.request = config, plan, world, request
+        state = start.state
+        self.step, self.samples_seen, self.applied_steps = state.step, state.samples_seen, state.applied_steps
+        self.left_out, self.course, self.checkpoint = state.left_out, state.course, start.folder
+
+        torch.manual_seed(config.seed)  # the same first weights on every rank
+        model = build_clip(plan.model_cfg)
+        check_space(plan.out, model, config.save)
+        self._fill(model, start)
+        announce(recipe, config, plan, model, state, world)
+        self.engine = Engine(model, config.engine, config.optim, plan.local_batch_size, world)
+        if start.weights is not None:
+            restore(self.engine, start.weights, start.moments or {}, state.applied_steps)
+            self.engine.set_step(state.step)
+        self.loader = self._make_loader(model, state)
+        self.evaluator = Evaluator(config.eval, plan.model_cfg, world.device)
+        if world.rank == 0:
+            _prepare_folder(plan, config, start)
+        distributed.broadcast(None)  # the other ranks wait for the folder
+        self.log = RunLog(plan.out / "metrics.jsonl", plan.total_samples, state.samples_seen, state.step)
+        self.checkpoints = Checkpoints(
+            config.save, plan.out, world, plan.model_cfg, partial(_description, recipe, config, plan)
+        )
+        self.bad_steps = BadSteps(config.guard, plan.out)
+        self.collapse = CollapseWatch(config.guard, config.global_batch_size)
+        self.self_check = SelfCheck(self.engine)
+        self.watchdog = Watchdog(plan.out, world, 60 * config.guard.hang_minutes)
+        table = plan.object_table
+        self.object_weights = None if table is None else ObjectWeights.of(table).to(world.device)
+        self.beside = SideStream(world.device)
+        self.meters = ["kl", "true_pair_mass", *(["similar_pairs", "equal_pairs"] if plan.parser else [])]
+
+    def run(self) -> Path:
+        """Trains to the end; returns the last checkpoint's folder.
+
+        Raises Stopped when asked to stop, and RollBack, on all ranks at the same step.
+        """
+        try:
+            self._run()
+        finally:
+            self.checkpoints.wait()
+            self.log.close()
+            self.engine.close()
+            self.loader.close()
+            self.watchdog.close()
+        assert self.checkpoint is not None
+        say(f"checkpoint: {self.checkpoint}")
+        return self.checkpoint
+
+    def _run(self) -> None:
+        batches = iter(self.loader)
+        self.engine.train()
+        while self.step < self.plan.total_steps:
+            self.watchdog.at(self.step + 1, "reading data")
+            with self.log.timed("data"):
+                batch = next(batches)
+            if self.step + 1 in self.left_out:
+                self._count(batch)
+                self.engine.set_step(self.step)
+                say(f"step {self.step:,} is left out: its loss or gradient was not finite before")
+                continue
+            with self.log.timed("step"):
+                figures, features, outcome, lr = self._train_on(batch)
+                # One collective a step tells all ranks what any of them wants.
+                wants = [self.request.signal is not None, self.checkpoints.is_time, self.checkpoints.has_failed]
+                means = distributed.mean_over_ranks(
+                    torch.stack([*figures, *map(figures[0].new_tensor, map(float, wants))])
+                )
+                loss, *values = means.tolist()
+            self._count(batch)
+            if not outcome.is_applied:
+                self.bad_steps.add(self.step, float(figures[0]), outcome.grad_norm, batch.keys)
+            else:
+                self.applied_steps += 1
+                self.self_check.after_step(self.step, lr)
+                measured = dict(zip(self.meters, values, strict=False))
+                self.log.add(self.config.global_batch_size, loss=loss, **measured, grad_norm=outcome.grad_norm)
+                if remark := self.collapse.add(loss):
+                    warn(remark)
+            self._look_around(features, lr, *(value > 0 for value in values[-3:]))
+        self.checkpoints.finish()
+
+    def _train_on(self, batch: Batch) -> tuple[list[Tensor], Features, StepOutcome, float]:
+        """Takes a step; returns this rank's loss and meters, and what became of it."""
+        self.watchdog.at(self.step + 1, "encoding")
+        config, plan, seed = self.config, self.plan, self.config.seed
+        torch.manual_seed(_draw(_DROPOUT, seed, self.step, self.world.rank))  # dropout resumes exactly
+        data = to_device(batch, self.world.device)
+        images = normalize(data["images"], MEAN, STD)
+        sets = BatchSets(data["image_objects"], data["text_objects"], data["text_ids"])
+        self.beside.begin()
+        features = self.engine.forward(images, data["tokens"])
+        prepared = self.beside.run(partial(prepare_targets, sets, config.loss, self.object_weights))
+        self.watchdog.at(self.step + 1, "stepping")
+        output: LossOutput = contrastive_loss(
+            features.images,
+            features.texts,
+            features.logit_scale,
+            sets,
+            config.loss,
+            logit_bias=features.logit_bias,
+            moment=Moment(self.samples_seen / plan.total_samples, _draw(_TARGETS, seed, self.step)),
+            prepared=prepared,
+        )
+        lr = learning_rate(config.optim, self.samples_seen, plan.total_samples)
+        outcome = self.engine.step(output.loss, lr)
+        return [output.loss.detach(), *(getattr(output, name) for name in self.meters)], features, outcome, lr
+
+    def _count(self, batch: Batch) -> None:
+        self.step += 1
+        self.samples_seen += self.config.global_batch_size
+        if batch.skips:
+            self.log.skipped(self.world.rank, self.step, batch.skips)
+
+    def _look_around(self, features: Features, lr: float, is_asked: bool, is_time: bool, has_failed: bool) -> None:
+        """Logs, evaluates and saves where it is time; ends the run where it is asked to. Collective."""
+        step, config = self.step, self.config
+        last = step == self.plan.total_steps
+        if step % config.log_every_steps == 0 or last or is_asked:
+            self.watchdog.at(step, "logging")
+            bad = sum(distributed.gather_objects(sum(self.loader.skipped.values())))
+            self.log.line(
+                step=step,
+                samples_seen=self.samples_seen,
+                epoch=self.samples_seen / self.plan.order.num_samples,
+                lr=lr,
+                logit_scale=float(features.logit_scale.detach()),
+                **({} if features.logit_bias is None else {"logit_bias": float(features.logit_bias.detach())}),
+                bad_samples=bad,
+            )
+        is_best = False
+        if self.evaluator.wanted(step, last) and not is_asked:
+            self.watchdog.at(step, "evaluating")
+            found = self.evaluator(gather_weights(self.engine), self.world)
+            self.log.write({"step": step, "samples_seen": self.samples_seen, **found})
+            if found:
+                self.log.meter.print_above("  ".join([f"step {step:>7,}", *(f"{k} {v:.3f}" for k, v in found.items())]))
+            is_best = self.checkpoints.improves(step, found)
+        if last or is_asked or is_time or is_best or self.checkpoints.is_due(step):
+            self.watchdog.at(step, "saving")
+            self.checkpoint = self.checkpoints.save(self.engine, self._state())
+        if has_failed or (is_asked and not last):
+            self.checkpoints.finish()  # raises where checkpoints could not be written
+            if is_asked:
+                name = next(filter(None, distributed.gather_objects(self.request.signal)))
+                raise Stopped(f"{name}: saved at step {step:,} ({self.checkpoint}); --resume True goes on")
+
+    def _state(self) -> TrainState:
+        return TrainState(
+            self.step, self.samples_seen, _all_skips(self.loader), self.course, self.applied_steps, self.left_out
+        )
+
+    def _fill(self, model: torch.nn.Module, start: Start) -> None:
+        """Loads the weights from which the run starts."""
+        where = self.config.model.pretrained
+        if start.weights is not None:
+            load_weights(model, start.weights, str(start.folder))
+        elif where is not None:
+            initial, remark = fit_bias(load_initial_weights(where, self.config.model.name), model, where)
+            load_weights(model, initial, where)
+            if remark:
+                say(f"note: {remark}")
+            scale, cap = float(initial["logit_scale"].exp()), self.config.optim.max_logit_scale
+            if scale > 1.0001 * cap:
+                say(f"note: the scale {scale:g} of {where} is capped at {cap:g} (--optim.max-logit-scale)")
+
+    def _make_loader(self, model: torch.nn.Module, state: TrainState) -> Loader:
+        plan, config, world = self.plan, self.config, self.world
+        pipeline = SamplePipeline(
+            [Shard(plan.folder / shard.name) for shard in plan.shards],
+            Augment(config.data.augment, image_size_of(model)),
+            tokenizer_for(plan.model_cfg),
+            plan.parser,
+            config.seed,
+        )
+        workers = automatic_workers(world.size) if config.data.workers is None else config.data.workers
+        return Loader(
+            plan.order,
+            pipeline,
+            plan.local_batch_size,
+            world.rank,
+            world.size,
+            workers,
+            state.samples_seen,
+            state.skipped,
+            config.data.max_bad,
+        )
+
+
+def _draw(*words: int) -> int:
+    """Returns a seed, 63 bits, that depends on the words only."""
+    return int(hash_u64(*words) >> 1)
+
+
+def _description(recipe: str, config: PretrainConfig, plan: Plan, state: TrainState) -> dict[str, Any]:
+    """Returns setclip_config.json of a checkpoint."""
+    return {
+        "recipe": recipe,
+        "model": config.model.name,
+        "step": state.step,
+        "samples_seen": state.samples_seen,
+        "epoch": state.samples_seen / plan.order.num_samples,
+        "loss": configuration.to_dict(config.loss),
+        "data": plan.manifest.identity(),
+        "provenance": describe(),
+    }
+
+
+def _prepare_folder(plan: Plan, config: PretrainConfig, start: Start) -> None:
+    if config.overwrite and start.folder is None and not start.state.left_out:
+        remove(plan.out)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    # What a resume would be given: the same settings, without the words that remove or change the run.
+    settings = replace(config, out=plan.out, overwrite=False, resume=False, change=False)
+    configuration.save(plan.out / "config.yaml", settings)
+
+
+def _all_skips(loader: Loader) -> dict[int, int]:
+    """Returns lane → skips over all ranks (each lane belongs to one rank)."""
+    return {lane: n for part in distributed.gather_objects(dict(loader.skipped)) for lane, n in part.items() if n}
