@@ -132,7 +132,7 @@ def train(engine, world, config, first, last):
         mine = slice(world.rank, None, world.size)
         features = engine.forward(images[mine], tokens[mine])
         loss = loss_of(features, objects[mine], text_ids[mine], config)
-        norm = engine.step(loss, lr=0.3)
+        norm = engine.step(loss, lr=0.3).grad_norm
         found.append((float(distributed.mean_over_ranks(loss)), norm))
     return found
 
