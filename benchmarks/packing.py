@@ -38,13 +38,13 @@ from data_prep.pack import PackRules, pack_unit
 from data_prep.plan import Unit
 from data_prep.sources.scenes import ScenesConfig, scene_maker
 from data_prep.sources.tars import read_tar
-from data_prep.tar_reader import TarReader
 from setclip.config import command, parse
 from setclip.decode import decode_rgb
 from setclip.errors import InputError
 from setclip.files import write_json
 from setclip.log import say
 from setclip.shards import Sample, ShardWriter
+from setclip.tar_reader import TarReader
 
 SHORT_SIDE = 256
 QUALITY = 95

@@ -1,7 +1,8 @@
 """Features of images and texts from encode functions, in batches, with every sample counted.
 
 Used by zero-shot classification and retrieval. `encode_functions` makes the two functions from a loaded model; any
-other pair of functions with these signatures can be evaluated alike. Letters: B samples of a batch, N samples, D width.
+other pair of functions with these signatures can be evaluated alike. All ranks of a `world` share the batches of one process
+(`eval_suite.sharing`). Letters: B samples of a batch, N samples, D width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from eval_suite.sharing import ALONE, gathered, own_run, together
+from setclip import distributed
 from setclip.checkpoint import LoadedModel
+from setclip.distributed import World
 from setclip.errors import InputError
 from setclip.images import normalize
 from setclip.log import Meter
@@ -38,49 +42,67 @@ def encode_functions(loaded: LoadedModel) -> tuple[EncodeImage, EncodeText]:
 
 
 def encode_images(
-    encode_image: EncodeImage, batches: Iterable[Tensor], expected: int, show_progress: bool = True
+    encode_image: EncodeImage,
+    batches: Iterable[Tensor],
+    expected: int,
+    show_progress: bool = True,
+    world: World = ALONE,
 ) -> Tensor:
     """Returns the features of all images in `batches`, (N, …, D) float32 of unit norm, on the CPU.
 
+    Where batches give sets of different sizes, zero vectors stand for the elements that are not there. The ranks of
+    `world` share the batches, which must then be a sequence (`image_batches` gives one), and each returns all features.
     Raises InputError if N is not `expected`, or if a feature is not finite.
     """
-    return _encode(encode_image, ((batch, len(batch)) for batch in batches), expected, "image", show_progress)
+    if world.size > 1:
+        if not isinstance(batches, Sequence):
+            raise InputError(
+                f"expected batches that {world.size} ranks can share (a list, or what image_batches gives), found "
+                f"{type(batches).__name__}, which can only be walked through; make a list of it"
+            )
+        batches = batches[own_run(len(batches), world)]
+    return _encode(encode_image, ((batch, len(batch)) for batch in batches), expected, "image", show_progress, world)
 
 
 def encode_texts(
-    encode_text: EncodeText, texts: Sequence[str], batch_size: int = 256, show_progress: bool = True
+    encode_text: EncodeText,
+    texts: Sequence[str],
+    batch_size: int = 256,
+    show_progress: bool = True,
+    world: World = ALONE,
 ) -> Tensor:
-    """Returns the features of `texts`, (N, …, D) float32 of unit norm, on the CPU. Raises as `encode_images`."""
-    parts = (list(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size))
-    return _encode(encode_text, ((part, len(part)) for part in parts), len(texts), "text", show_progress)
+    """Returns the features of `texts`, (N, …, D) float32 of unit norm, on the CPU, as `encode_images` does."""
+    parts = [list(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+    parts = parts[own_run(len(parts), world)]
+    return _encode(encode_text, ((part, len(part)) for part in parts), len(texts), "text", show_progress, world)
 
 
 @torch.no_grad()
-def _encode(encode, batches, expected: int, what: str, show_progress: bool) -> Tensor:
-    meter = Meter(expected, f"encoding {what}s", f"{what}s") if show_progress else None
+def _encode(encode, batches, expected: int, what: str, show_progress: bool, world: World) -> Tensor:
+    # Ranks have equally many batches, give or take one, so rank 0 speaks for all.
+    meter = Meter(-(-expected // world.size), f"encoding {what}s", f"{what}s") if show_progress else None
     parts: list[Tensor] = []
-    num_encoded = 0
     try:
-        for batch, size in batches:
-            features = encode(batch).float().cpu()
-            if len(features) != size:
-                raise InputError(
-                    f"expected encode_{what} to give {size} features for {size} {what}s, found {len(features)}; "
-                    f"an encode function must keep its batch"
-                )
-            parts.append(torch.nn.functional.normalize(features, dim=-1))
-            num_encoded += size
-            if meter is not None:
-                meter.update(size)
+        with together(world):
+            for batch, size in batches:
+                features = encode(batch).float().cpu()
+                if len(features) != size:
+                    raise InputError(
+                        f"expected encode_{what} to give {size} features for {size} {what}s, found {len(features)}; "
+                        f"an encode function must keep its batch"
+                    )
+                parts.append(torch.nn.functional.normalize(features, dim=-1))
+                if meter is not None:
+                    meter.update(size)
     finally:
         if meter is not None:
             meter.close()
-    if num_encoded != expected or not parts:
+    features = _joined(parts, world)
+    if len(features) != expected or len(features) == 0:
         raise InputError(
-            f"expected features of {expected} {what}s, found {num_encoded}; figures over other samples than the stated "
+            f"expected features of {expected} {what}s, found {len(features)}; figures over other samples than the stated "
             "ones would not compare: check the data"
         )
-    features = torch.cat(parts)
     if not bool(features.isfinite().all()):
         bad = (~features.isfinite()).flatten(1).any(1).nonzero().flatten()
         raise InputError(
@@ -88,3 +110,25 @@ def _encode(encode, batches, expected: int, what: str, show_progress: bool) -> T
             f"{bad[0]}); the model has diverged: evaluate an earlier checkpoint"
         )
     return features
+
+
+def _joined(parts: list[Tensor], world: World) -> Tensor:
+    """Returns the features of all batches of all ranks, in order; smaller sets get zero vectors behind."""
+    shapes = {tuple(part.shape[1:]) for part in parts}
+    if world.size > 1:
+        shapes = set().union(*distributed.gather_objects(shapes))
+    if len({(len(shape), shape[-1:]) for shape in shapes}) > 1:
+        raise InputError(
+            f"expected features of one width, single or in sets, found shapes {sorted(shapes)}; an encode function must "
+            "give the same kind for each batch"
+        )
+    largest = tuple(map(max, zip(*shapes, strict=True)))
+    own = torch.cat([_padded(part, largest) for part in parts]) if parts else torch.zeros(0, *largest)
+    return gathered(own, world)
+
+
+def _padded(features: Tensor, shape: tuple[int, ...]) -> Tensor:
+    missing = [wanted - there for wanted, there in zip(shape, features.shape[1:], strict=True)]
+    if not any(missing):
+        return features
+    return torch.nn.functional.pad(features, [amount for size in reversed(missing) for amount in (0, size)])

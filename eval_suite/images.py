@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from setclip.decode import IMAGE_EXTENSIONS, DecodeError
 from setclip.errors import InputError
@@ -88,16 +89,45 @@ class ShardImages(Dataset[Tensor]):
         return _decoded(sample.image, self.transform, f"{self.shards[shard].path}, sample {sample.key}")
 
 
-def image_batches(images: Dataset[Tensor], batch_size: int, workers: int | None = None) -> Iterator[Tensor]:
-    """Yields (B, 3, height, width) uint8 in the order of `images`; the last batch may be smaller.
+class ImageBatches(Sequence[Tensor]):
+    """Images in batches, (B, 3, height, width) uint8, in their order; the last batch may be smaller.
+
+    A slice has the same batches and decodes no others: ranks share them so.
+    """
+
+    def __init__(self, images: Dataset[Tensor], rows: Sequence[range], workers: int):
+        self.images, self.rows, self.workers = images, rows, workers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageBatches": ...
+    def __getitem__(self, index: int | slice) -> "Tensor | ImageBatches":
+        if isinstance(index, slice):
+            return ImageBatches(self.images, self.rows[index], self.workers)
+        return default_collate([self.images[row] for row in self.rows[index]])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if not self.rows:
+            return iter(())
+        return iter(DataLoader(self.images, batch_sampler=list(map(list, self.rows)), num_workers=self.workers))
+
+
+def image_batches(images: Dataset[Tensor], batch_size: int, workers: int | None = None) -> ImageBatches:
+    """Returns `images` in batches of `batch_size`.
 
     `workers`: processes that decode; 0 decodes here, None takes one per core but one, at most 8, where that pays.
     """
+    num_images = len(images)  # type: ignore[arg-type]
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
         # Starting processes costs seconds, and on two cores they only take turns with the model.
-        workers = 0 if cores <= 2 or len(images) < 2000 else min(8, cores - 1)  # type: ignore[arg-type]
-    yield from DataLoader(images, batch_size=batch_size, num_workers=workers)
+        workers = 0 if cores <= 2 or num_images < 2000 else min(8, cores - 1)
+    rows = [range(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]
+    return ImageBatches(images, rows, workers)
 
 
 def _is_image(path: Path) -> bool:

@@ -1,178 +1,44 @@
-"""Recall, median rank, RSUM and accuracy, with their chance levels and 95 % intervals, from scores in blocks.
+"""Recall, median rank, RSUM and accuracy, with their chance levels and 95 % intervals, from ranks.
 
-Ranks are found by counting what scores higher, so nothing is sorted and no more than one block of scores exists at a
-time. Used by zero-shot classification, retrieval and the evaluations that training makes on its way.
-Recalls and accuracies are percentages, 0 to 100. Letters: N queries, C classes, U resampled units, M metrics.
+Used by zero-shot classification, retrieval and the evaluations that training makes on its way. Ranks themselves are in
+`eval_suite.ranks`, scores in `eval_suite.scores`; what an evaluation needs of both can be imported from here too.
+Recalls and accuracies are percentages, 0 to 100. Letters: N queries, U resampled units, M metrics.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from setclip.errors import InputError
+from eval_suite.ranks import TIE_RULES, Ranks, TieRule, class_ranks, retrieval_ranks
+from eval_suite.scores import Score, dot_scores, top_matches
 
-Score = Callable[[slice, slice], Tensor]
-"""`score(rows, columns)` gives the scores of these rows against these columns, (rows, columns) float32; higher is
-more alike. Rows are images; columns are texts or classes. The same call must give the same numbers each time."""
-
-TieRule = Literal["pessimistic", "first_come", "optimistic"]
-TIE_RULES: dict[TieRule, str] = {
-    "pessimistic": "equal scores count against the right answer",
-    "first_come": "of equal scores the one with the lower index comes first",
-    "optimistic": "equal scores count for the right answer",
-}
+__all__ = [
+    "TIE_RULES",
+    "Ranks",
+    "Score",
+    "TieRule",
+    "bootstrap_percentages",
+    "chance_median_rank",
+    "chance_of_lists",
+    "chance_recall_at_k",
+    "class_counts",
+    "class_ranks",
+    "dot_scores",
+    "images_of_group",
+    "mean_per_class_accuracy",
+    "median_rank",
+    "per_class_interval",
+    "percentile_interval",
+    "recall_at_k",
+    "retrieval_ranks",
+    "top_matches",
+    "wilson_interval",
+]
 
 _Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
-
-
-# --- ranks
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """For each of N queries, what stands before its (best) right answer; three (N,) int64 counts."""
-
-    better: Tensor
-    """Wrong answers that score higher than the best right one."""
-    equal_before: Tensor
-    """Wrong answers with exactly its score and a lower index."""
-    equal: Tensor
-    """Wrong answers with exactly its score."""
-
-    def by(self, rule: TieRule) -> Tensor:
-        """Returns the 0-based ranks, (N,) int64, under one rule for equal scores."""
-        if rule == "pessimistic":
-            return self.better + self.equal
-        return self.better + self.equal_before if rule == "first_come" else self.better
-
-
-def dot_scores(rows: Tensor, columns: Tensor) -> Score:
-    """Returns the Score of dot products of unit vectors: `rows` (N, D) and `columns` (N', D), float.
-
-    Sums are formed in float64 and rounded to float32. A float32 product depends in its last bits on the shape of the
-    block that it is computed in, so that equal vectors would tie in one block and not in the next; this way ties,
-    and so ranks, do not depend on the block size.
-    """
-    rows64, columns64 = rows.double(), columns.double()
-    return lambda r, c: (rows64[r] @ columns64[c].T).float()
-
-
-def retrieval_ranks(
-    score: Score, image_of_text: Tensor, num_images: int, block_size: int = 2048
-) -> tuple[Ranks, Ranks]:
-    """Returns the ranks image→text (one query an image, its best caption counts) and text→image (one query a text).
-
-    `image_of_text`: (number of texts,) int64, the image that each text belongs to; an image may have several texts and
-    needs at least one. Texts in the order of their images are cheapest: blocks that hold a right pair are scored
-    twice, all others once. At most `block_size`² scores exist at a time. Raises InputError on an image without text
-    and on a score that is not finite.
-    """
-    num_texts = len(image_of_text)
-    if num_texts == 0 or not bool(((image_of_text >= 0) & (image_of_text < num_images)).all()):
-        raise InputError(
-            f"expected texts of images 0 to {num_images - 1}, found {num_texts} texts of others; check both"
-        )
-    without = torch.bincount(image_of_text, minlength=num_images).eq(0).nonzero().flatten().tolist()
-    if without:
-        raise InputError(
-            f"expected a text for each of {num_images} images, found none for {len(without)} of them"
-            f" (first: number {without[0]}); leave such images out"
-        )
-
-    # Pass 1: the score of each right pair, from the blocks that hold one.
-    own = torch.full((num_texts,), -torch.inf)  # of each text with its image
-    best = torch.full((num_images,), -torch.inf)  # of each image with its best text
-    for rows, columns in _blocks(num_images, num_texts, block_size):
-        owner = image_of_text[columns]
-        inside = ((owner >= rows.start) & (owner < rows.stop)).nonzero().flatten()
-        if len(inside):
-            found = _checked(score, rows, columns)[owner[inside] - rows.start, inside]
-            own[inside + columns.start] = found
-    best.scatter_reduce_(0, image_of_text, own, "amax")
-    is_best = own == best[image_of_text]
-    texts = torch.arange(num_texts)
-    first_best = torch.full((num_images,), num_texts)  # the first text with that score
-    first_best.scatter_reduce_(0, image_of_text[is_best], texts[is_best], "amin")
-
-    # Pass 2: count what stands before it, in both directions at once.
-    i2t = Ranks(*torch.zeros((3, num_images), dtype=torch.int64))
-    t2i = Ranks(*torch.zeros((3, num_texts), dtype=torch.int64))
-    images = torch.arange(num_images)
-    for rows, columns in _blocks(num_images, num_texts, block_size):
-        scores = _checked(score, rows, columns)
-        wrong = image_of_text[columns] != images[rows, None]
-        i2t.better[rows] += (wrong & (scores > best[rows, None])).sum(1)
-        t2i.better[columns] += (wrong & (scores > own[columns])).sum(0)
-        equal = wrong & (scores == best[rows, None])
-        i2t.equal[rows] += equal.sum(1)
-        i2t.equal_before[rows] += (equal & (texts[columns] < first_best[rows, None])).sum(1)
-        equal = wrong & (scores == own[columns])
-        t2i.equal[columns] += equal.sum(0)
-        t2i.equal_before[columns] += (equal & (images[rows, None] < image_of_text[columns])).sum(0)
-    return i2t, t2i
-
-
-def class_ranks(score: Score, labels: Tensor, num_classes: int, block_size: int = 2048) -> tuple[Ranks, Tensor]:
-    """Returns the rank of each image's class among all classes, and the predicted classes, (N,) int64.
-
-    `labels`: (N,) int64 in [0, C). Of several classes with the highest score the first is predicted. `block_size` is
-    in images. Raises InputError on a score that is not finite.
-    """
-    if len(labels) == 0 or not bool(((labels >= 0) & (labels < num_classes)).all()):
-        raise InputError(f"expected labels in [0, {num_classes}) of at least one image, found {len(labels)} labels")
-    ranks = Ranks(*torch.zeros((3, len(labels)), dtype=torch.int64))
-    predicted = torch.zeros(len(labels), dtype=torch.int64)
-    classes = torch.arange(num_classes)
-    for start in range(0, len(labels), block_size):
-        rows = slice(start, min(start + block_size, len(labels)))
-        scores, label = _checked(score, rows, slice(0, num_classes)), labels[rows, None]
-        own = scores.gather(1, label)
-        equal = (scores == own) & (classes != label)
-        ranks.better[rows] = (scores > own).sum(1)
-        ranks.equal[rows] = equal.sum(1)
-        ranks.equal_before[rows] = (equal & (classes < label)).sum(1)
-        # torch.argmax does not say which of equal values it returns
-        is_highest = scores == scores.amax(1, keepdim=True)
-        predicted[rows] = torch.where(is_highest, classes, num_classes).amin(1)
-    return ranks, predicted
-
-
-def top_matches(
-    score: Score, query: int, gallery_size: int, k: int, axis: Literal["row", "column"]
-) -> list[tuple[int, float]]:
-    """Returns (index, score) of the `k` best answers of one query, best first; of equal scores the lower index first.
-
-    `axis` says what the query is: "row" (an image, answers are columns) or "column" (a text, answers are rows).
-    """
-    everything, one = slice(0, gallery_size), slice(query, query + 1)
-    scores = score(one, everything)[0] if axis == "row" else score(everything, one)[:, 0]
-    values, indices = torch.sort(scores, descending=True, stable=True)
-    return list(zip(indices[:k].tolist(), values[:k].tolist(), strict=True))
-
-
-def _blocks(num_rows: int, num_columns: int, size: int) -> Iterator[tuple[slice, slice]]:
-    for row in range(0, num_rows, size):
-        for column in range(0, num_columns, size):
-            yield slice(row, min(row + size, num_rows)), slice(column, min(column + size, num_columns))
-
-
-def _checked(score: Score, rows: slice, columns: slice) -> Tensor:
-    """Returns a block of scores; a NaN compares as neither better nor equal and would count as a perfect rank."""
-    scores = score(rows, columns).float().cpu()
-    expected = (rows.stop - rows.start, columns.stop - columns.start)
-    assert scores.shape == expected, f"score gave {tuple(scores.shape)} for a block of {expected}"
-    if not bool(scores.isfinite().all()):
-        row, column = (~scores.isfinite()).nonzero()[0].tolist()
-        raise InputError(
-            f"expected finite scores, found {scores[row, column].item()} for row {rows.start + row} and column"
-            f" {columns.start + column}; the model gives NaN or infinite features: evaluate an earlier checkpoint"
-        )
-    return scores
 
 
 # --- from ranks to numbers
@@ -242,6 +108,23 @@ def _chance_to_reach(k: int, n: int, m: int) -> float:
     return 1.0 - math.prod(max(0, n - more - j) / (n - j) for j in range(min(fewer, n)))
 
 
+def chance_of_lists(gallery_size: int, num_positives: Tensor) -> tuple[float, float]:
+    """Returns the expected (R-Precision, mAP@R) in percent of a random order, the mean over queries.
+
+    `num_positives`: (N,) int, R of each. Of n answers the i-th is right with probability R/n; given that, i − 1 answers
+    before it hold (i − 1)(R − 1)/(n − 1) right ones on average.
+    """
+    n = gallery_size
+    values, counts = torch.unique(num_positives, return_counts=True)
+    average_precisions = []
+    for r in values.tolist():
+        places = np.arange(1, r + 1)
+        average_precisions.append(((1 + (places - 1) * (r - 1) / max(n - 1, 1)) / places).sum() / n)
+    weights = counts.numpy()
+    precision = np.average(values.numpy() / n, weights=weights)
+    return 100.0 * float(precision), 100.0 * float(np.average(average_precisions, weights=weights))
+
+
 # --- 95 % intervals
 
 
@@ -262,24 +145,47 @@ def per_class_interval(is_correct: Tensor, labels: Tensor, resamples: int = 1000
     return float(low), float(high)
 
 
-def bootstrap_percentages(hits: Tensor, counts: Tensor, resamples: int = 1000, seed: int = 0) -> Tensor:
+def bootstrap_percentages(
+    hits: Tensor, counts: Tensor, resamples: int = 1000, seed: int = 0, strata: Tensor | None = None
+) -> Tensor:
     """Returns (resamples, M) percentages, hits over counts, of units drawn with replacement.
 
     `hits` and `counts`: (U, M), what each unit adds to the numerator and the denominator of each metric. All metrics
-    see the same draws, so sums of columns (RSUM) can be formed before the percentiles are taken.
+    see the same draws, so sums of columns (RSUM) can be formed before the percentiles are taken. `strata`: (U,) int64,
+    parts of the units (folds) from each of which as many are drawn as it has; without, they are one.
     """
     generator = torch.Generator().manual_seed(seed)
     num_units = len(hits)
     columns = torch.cat((hits, counts), dim=1).double()
-    sums = []
-    for _ in range(resamples):  # one draw at a time: a (resamples, U) table of weights is large for many units
-        drawn = torch.randint(num_units, (num_units,), generator=generator)
-        sums.append(torch.bincount(drawn, minlength=num_units).double() @ columns)
+
+    def drawn_from_all() -> Tensor:
+        return torch.randint(num_units, (num_units,), generator=generator)
+
+    def drawn_within(strata: Tensor) -> Callable[[], Tensor]:
+        order = torch.sort(strata, stable=True).indices
+        sizes = strata.bincount()
+        start, size = (sizes.cumsum(0) - sizes)[strata[order]], sizes[strata[order]]
+
+        def drawn() -> Tensor:
+            share = torch.rand(num_units, generator=generator, dtype=torch.float64)
+            return order[start + (share * size).long()]
+
+        return drawn
+
+    draw = drawn_from_all if strata is None else drawn_within(strata)
+    # One draw at a time: a (resamples, U) table of weights is large for many units.
+    sums = [torch.bincount(draw(), minlength=num_units).double() @ columns for _ in range(resamples)]
     hits_sum, counts_sum = torch.stack(sums).chunk(2, dim=1)
     return 100.0 * hits_sum / counts_sum
 
 
-def percentile_interval(samples: Tensor) -> tuple[float, float]:
-    """Returns the 2.5 and 97.5 percentiles of bootstrap samples, (resamples,) float."""
-    low, high = np.percentile(samples.numpy(), (2.5, 97.5))
+def percentile_interval(samples: Tensor) -> tuple[float, float] | None:
+    """Returns the 2.5 and 97.5 percentiles of bootstrap samples, (resamples,) float.
+
+    Draws without any query of the metric (NaN; only where few images have one) do not count; None if none is left.
+    """
+    finite = samples[~samples.isnan()]
+    if len(finite) == 0:
+        return None
+    low, high = np.percentile(finite.numpy(), (2.5, 97.5))
     return float(low), float(high)

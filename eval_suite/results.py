@@ -1,4 +1,4 @@
-"""Compares evaluations: prints one Markdown table per data set from results files.
+"""Compares evaluations: prints Markdown tables from results files, one for each data set and protocol.
 
     python -m eval_suite.results runs/a/results/zeroshot_scenes.json runs/b/results/zeroshot_scenes.json
 
@@ -20,9 +20,26 @@ from setclip.config import command
 from setclip.errors import InputError
 from setclip.files import write_json
 from setclip.log import say
+from setclip.metric_text import number_text, with_interval
 from setclip.provenance import describe
 
 FORMAT_VERSION = 1
+
+PROTOCOL_WORDS: dict[str, str] = {
+    "5k": "5K",
+    "1k_5fold": "1K, mean of 5 folds",
+    "eccv": "ECCV Caption",
+    "cxc": "CxC",
+    "class_match": "class match",
+    "descriptions": "appearance descriptions",
+    "both": "templates and descriptions",
+    "both_for_tail": "templates, for the tail descriptions too",
+}
+"""What stands before the name of a metric of a further protocol, in words; others are shown as they are."""
+
+_NO_SETTINGS = ("out", "checkpoint", "device", "workers", "batch_size")  # they say where and how fast, not what
+
+_MEASURE = r"(?:i2t|t2i)_\w+|rsum\w*|(?:top\d+|mean_per_class)\w*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,43 +131,105 @@ def default_out(evaluation: str, dataset: str, identity: dict[str, Any], runs_di
     return folder / "results" / f"{name}.json"
 
 
-def markdown_table(results: Sequence[Results], names: Sequence[str] | None = None) -> str:
-    """Returns Markdown: for each evaluation and data set a table with one row a run and a row for chance.
+GroupKey = tuple[str, str, str, str]
+"""Evaluation, data set, split and counts: what results have in common that may stand side by side."""
 
-    Values stand with their 95 % interval. `names` chooses metrics; by default the headline ones. Metrics that are
-    better when low ("rank") say so. Partial evaluations are marked.
-    """
-    groups: dict[tuple[str, ...], list[Results]] = {}
-    for result in results:
+
+def grouped(results: Sequence[Results]) -> dict[GroupKey, list[int]]:
+    """Returns the places in `results` of those that may be compared, in their order."""
+    groups: dict[GroupKey, list[int]] = {}
+    for place, result in enumerate(results):
         dataset = result.dataset
         key = (result.evaluation, str(dataset.get("name")), str(dataset.get("split") or ""), _counts_text(dataset))
-        groups.setdefault(key, []).append(result)
-    return "\n".join(_table(key, group, names) for key, group in groups.items())
+        groups.setdefault(key, []).append(place)
+    return groups
 
 
-def _table(key: tuple[str, ...], group: Sequence[Results], names: Sequence[str] | None) -> str:
+def split_protocol(name: str) -> tuple[str, str]:
+    """Returns (protocol, measure): ("cxc", "i2t_r1") of "cxc_i2t_r1"; the protocol of "i2t_r1" is ""."""
+    if re.fullmatch(_MEASURE, name):
+        return "", name
+    found = re.fullmatch(rf"(\w+?)_({_MEASURE})", name)
+    return (found[1], found[2]) if found else ("", name)
+
+
+def protocol_words(protocol: str, group: Sequence[Results] = ()) -> str:
+    """Returns a protocol's name in words; that of metrics without prefix ("") only where `group` tells it."""
+    if not protocol and all("5k" in result.details.get("protocols", ()) for result in group):
+        protocol = "5k" if group else ""
+    return PROTOCOL_WORDS.get(protocol, protocol.replace("_", " "))
+
+
+def by_protocol(names: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the names of metrics under their protocols, each in its order."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(split_protocol(name)[0], []).append(name)
+    return found
+
+
+def markdown_table(results: Sequence[Results], names: Sequence[str] | None = None) -> str:
+    """Returns Markdown: for each evaluation, data set and protocol a table with one row a run and a row for chance.
+
+    Values stand with their 95 % interval. `names` chooses metrics; by default the headline ones. Metrics that are
+    better when low ("rank") say so. Partial evaluations are marked. Each protocol has a table of its own, so that none
+    is wider than one protocol's metrics and no number stands without saying which it is.
+    """
+    tables = []
+    for key, places in grouped(results).items():
+        group = [results[place] for place in places]
+        chosen = list(names or dict.fromkeys(name for result in group for name in result.headline))
+        known = [name for name in chosen if any(name in result.metrics for result in group)]
+        tables += [_table(key, group, protocol, columns) for protocol, columns in by_protocol(known).items()]
+    return "\n".join(tables)
+
+
+def _table(key: GroupKey, group: Sequence[Results], protocol: str, columns: Sequence[str]) -> str:
     evaluation, dataset, split, counts = key
-    columns = list(names or dict.fromkeys(name for result in group for name in result.headline))
-    first = {c: next((r.metrics[c] for r in group if c in r.metrics), None) for c in columns}
-    columns = [c for c in columns if first[c] is not None]
-    title = f"{evaluation}, {dataset}" + (f" {split}" if split else "") + f" ({counts})"
-    rows = [["model", *(_heading(c, first[c]) for c in columns)], ["---", *["---:"] * len(columns)]]
-    for result, model in zip(group, _model_names(group), strict=True):
+    first = [next(r.metrics[c] for r in group if c in r.metrics) for c in columns]
+    title = f"{evaluation}, {dataset}" + (f" {split}" if split else "") + (f" ({counts})" if counts else "")
+    words = protocol_words(protocol, group)
+    title += f": {words}" if words else ""
+    headings = [_heading(split_protocol(c)[1], metric) for c, metric in zip(columns, first, strict=True)]
+    rows = [["model", *headings], ["---", *["---:"] * len(columns)]]
+    for result, model in zip(group, model_names(group), strict=True):
         cells = [_cell(result.metrics.get(c)) for c in columns]
         rows.append([model + (" (partial)" if result.is_partial else ""), *cells])
-    rows.append(["*chance*", *(_number(first[c].chance, first[c].unit) for c in columns)])  # type: ignore[union-attr]
+    if any(metric.chance is not None for metric in first):
+        rows.append(["*chance*", *(number_text(metric.chance, metric.unit) for metric in first)])
     return f"**{title}**\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _model_names(group: Sequence[Results]) -> list[str]:
-    """Returns short names: the run and the step, or the last part of the place; the whole place where two are alike."""
+def model_names(group: Sequence[Results]) -> list[str]:
+    """Returns short names: the run and the step, or the last part of the place; the whole place where two are alike.
+
+    Of evaluations of one checkpoint the settings that differ stand behind it.
+    """
     places = [str(result.checkpoint.get("where", "model")) for result in group]
     short = []
     for place, result in zip(places, group, strict=True):
         path, step = Path(place), result.checkpoint.get("step")
         name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
         short.append(name + (f", step {step:,}" if isinstance(step, int) else ""))
-    return [place if short.count(name) > 1 else name for name, place in zip(short, places, strict=True)]
+    names = [
+        place if any(other != place for other, n in zip(places, short, strict=True) if n == name) else name
+        for name, place in zip(short, places, strict=True)
+    ]
+    return [_told_apart(place, names, group) for place in range(len(group))]
+
+
+def _told_apart(place: int, names: Sequence[str], group: Sequence[Results]) -> str:
+    alike = [result for name, result in zip(names, group, strict=True) if name == names[place]]
+    own = group[place].config
+    differing = {
+        setting: value
+        for setting, value in own.items()
+        if setting not in _NO_SETTINGS and any(other.config.get(setting) != value for other in alike)
+    }
+    notes = [f"{setting.replace('_', ' ')} {value}" for setting, value in differing.items()]
+    if len(alike) > 1 and not notes:
+        notes = [f"evaluated {group[place].created}"]
+    return ", ".join([names[place], *notes])
 
 
 def _counts_text(dataset: dict[str, Any]) -> str:
@@ -158,26 +237,12 @@ def _counts_text(dataset: dict[str, Any]) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in named)
 
 
-def _heading(name: str, metric: Metric | None) -> str:
-    notes = {"rank": " ↓", "sum of %": ""}
-    return name.replace("_", " ") + (notes.get(metric.unit, " %") if metric else "")
+def _heading(measure: str, metric: Metric) -> str:
+    return measure.replace("_", " ") + {"rank": " ↓", "%": " %"}.get(metric.unit, "")
 
 
 def _cell(metric: Metric | None) -> str:
-    if metric is None:
-        return "–"
-    value = _number(metric.value, metric.unit)
-    if metric.interval_95 is None:
-        return value
-    return f"{value} [{_number(metric.interval_95[0], metric.unit)}, {_number(metric.interval_95[1], metric.unit)}]"
-
-
-def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return "–"
-    if unit == "rank":
-        return f"{value:.0f}"
-    return f"{value:.2f}" if 0 < abs(value) < 1 else f"{value:.1f}"
+    return "–" if metric is None else with_interval(metric.value, metric.unit, metric.interval_95)
 
 
 def _metric(values: dict[str, Any]) -> Metric:

@@ -1,17 +1,20 @@
 """Image–text retrieval: each image ranks all captions, each caption ranks all images.
 
     python -m eval_suite.retrieval scenes                                    # under $SETCLIP_DATA, newest run
+    python -m eval_suite.retrieval coco --checkpoint RUN                     # 5K, 1K in folds, ECCV Caption, CxC
     python -m eval_suite.retrieval --data SHARDS --split dev --checkpoint RUN --out FILE
-    srun python -m eval_suite.retrieval --data SHARDS --checkpoint RUN       # the same on Slurm, one process
+    torchrun --nproc_per_node 8 -m eval_suite.retrieval coco                 # all ranks share; srun does the same
 
-R@1/5/10 both ways, median rank and RSUM, beside chance, with 95 % intervals and under each rule for equal scores. A
-small FILE.gallery.json holds some queries with their best answers, and the worst failures, for reports. `retrieval` is
-the evaluation as a function over encode functions; training calls it on its way.
+R@1/5/10 both ways, median rank and RSUM, beside chance, with 95 % intervals and under each rule for equal scores; which
+captions are right and over which gallery is the protocol's to say (`eval_suite.protocols`). A small FILE.gallery.json holds
+some queries with their best answers, and the worst failures, for reports; FILE.queries.npz what became of each query, for
+`python -m eval_suite.significance`. `retrieval` is the evaluation as a function over encode functions; training calls it
+on its way.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,34 +25,31 @@ from torch import Tensor
 from eval_suite.encode import EncodeImage, EncodeText, encode_functions, encode_images, encode_texts
 from eval_suite.gallery import gallery
 from eval_suite.images import ShardImages, image_batches
-from eval_suite.metrics import (
-    TIE_RULES,
-    Ranks,
-    Score,
-    TieRule,
-    bootstrap_percentages,
-    chance_median_rank,
-    chance_recall_at_k,
-    dot_scores,
-    median_rank,
-    percentile_interval,
-    recall_at_k,
-    retrieval_ranks,
-)
+from eval_suite.judgements import Direction
 from eval_suite.model import model_to_evaluate
+from eval_suite.per_query import per_query_path, save_per_query
+from eval_suite.preprocess import model_pictures
+from eval_suite.protocols import HEADLINE_RULE, PROTOCOLS, Protocol, ProtocolOutcome, Queries, Setting, whole_gallery
+from eval_suite.ranks import Ranks
 from eval_suite.results import Metric, Results, default_out, markdown_table
-from eval_suite.retrieval_data import retrieval_place
+from eval_suite.retrieval_data import RetrievalData, open_retrieval, read_captions, retrieval_place
+from eval_suite.scores import FEW_SCORES, MakeScore, Score, dot_scores, remembered
+from eval_suite.set_scores import set_scores
+from eval_suite.sharing import ALONE, join, together
+from setclip import distributed
 from setclip.config import command, parse, to_dict
+from setclip.distributed import World
 from setclip.errors import InputError
 from setclip.files import write_json
-from setclip.images import eval_transform
-from setclip.log import say
-from setclip.manifest import open_split
+from setclip.log import say, warn
+from setclip.lookup import look_up
 from setclip.shards import Shard
+from setclip.similarity import SetSimilarity, make_similarity
 
-KS = (1, 5, 10)
-HEADLINE_RULE: TieRule = "pessimistic"
-Direction = Literal["i2t", "t2i"]
+__all__ = ["RetrievalConfig", "RetrievalOutcome", "evaluate", "read_captions", "retrieval"]
+
+KEPT_SCORES = 2**27
+"""Scores that a command keeps (512 MB), so that protocols do not compute them anew: enough for COCO's 5,000 × 25,000."""
 
 
 @dataclass(frozen=True)
@@ -71,96 +71,46 @@ def retrieval(
     encode_text: EncodeText,
     images: Iterable[Tensor],
     captions: Sequence[Sequence[str]],
-    make_score: Callable[[Tensor, Tensor], Score] = dot_scores,
+    make_score: MakeScore = dot_scores,
     resamples: int = 1000,
     seed: int = 0,
     show_progress: bool = True,
+    world: World = ALONE,
 ) -> RetrievalOutcome:
-    """Ranks all captions for each image and all images for each caption.
+    """Ranks all captions for each image and all images for each caption: the protocol "full".
 
     `images`: batches as `encode_image` takes them, in the order of `captions`, which has at least one for each image.
-    `make_score(image_features, text_features)` makes the Score of the similarity, by default the dot product.
+    `make_score(image_features, text_features)` makes the Score of the similarity, by default the dot product; features
+    may be sets, (N, K, D), and `eval_suite.scores.joint_scores` makes one of a function that judges fragments jointly.
     `resamples` and `seed` are those of the bootstrap. `show_progress=False` where another progress bar is on
-    the screen.
+    the screen. The ranks of `world` share the work (each calls this; `images` must then be a sequence of batches), and
+    each returns what one process would, bit for bit.
 
     Metrics: `i2t_r1`, `i2t_r5`, `i2t_r10`, `t2i_…` (percent), `rsum` (their sum), `i2t_medr`, `t2i_medr`. Raises
     InputError where the counts do not fit or a feature or score is not finite.
     """
     image_of_text = torch.tensor([image for image, texts in enumerate(captions) for _ in texts], dtype=torch.int64)
-    text_features = encode_texts(
-        encode_text, [text for texts in captions for text in texts], show_progress=show_progress
-    )
-    image_features = encode_images(encode_image, images, len(captions), show_progress)
-    score = make_score(image_features, text_features)
-    i2t, t2i = retrieval_ranks(score, image_of_text, len(captions))
-    return RetrievalOutcome(retrieval_metrics(i2t, t2i, image_of_text, resamples, seed), i2t, t2i, score, image_of_text)
+    score = score_of(encode_image, encode_text, images, captions, make_score, show_progress, world)
+    setting = Setting(resamples=resamples, seed=seed, world=world)
+    found = whole_gallery(remembered(score), image_of_text, len(captions), setting)
+    assert found.ranks is not None
+    return RetrievalOutcome(found.metrics, *found.ranks, score, image_of_text)
 
 
-def retrieval_metrics(
-    i2t: Ranks, t2i: Ranks, image_of_text: Tensor, resamples: int = 1000, seed: int = 0
-) -> dict[str, Metric]:
-    """Returns the metrics of `retrieval` from ranks."""
-    num_images, num_texts = len(i2t.better), len(t2i.better)
-    texts_of_image = image_of_text.bincount(minlength=num_images)
-    ties = f"Ties: {TIE_RULES[HEADLINE_RULE]}."
-    protocols = {
-        "i2t": f"{num_images:,} images each rank {num_texts:,} captions; the best of an image's own counts. {ties}",
-        "t2i": f"{num_texts:,} captions each rank {num_images:,} images; a caption's own image counts. {ties}",
-    }
-    ranks = {"i2t": i2t, "t2i": t2i}
-    chances = {
-        **{f"i2t_r{k}": chance_recall_at_k(k, num_texts, texts_of_image) for k in KS},
-        **{f"t2i_r{k}": chance_recall_at_k(k, num_images) for k in KS},
-    }
-    bootstrap = _bootstrap(i2t, t2i, image_of_text, resamples, seed)
-    method = f"bootstrap over images with their captions, {resamples:,} draws, seed {seed}, gallery fixed"
-    metrics: dict[str, Metric] = {}
-    for column, name in enumerate(chances):
-        direction, k = name[:3], int(name[5:])
-        by_rule = {rule: recall_at_k(ranks[direction].by(rule), k) for rule in TIE_RULES}
-        metrics[name] = Metric(
-            value=by_rule.pop(HEADLINE_RULE),
-            unit="%",
-            protocol=f"Recall at {k}: queries whose right answer is among the first {k}. {protocols[direction]}",
-            samples=len(ranks[direction].better),
-            chance=chances[name],
-            interval_95=percentile_interval(bootstrap[:, column]),
-            interval_method=method,
-            tie_variants={str(rule): value for rule, value in by_rule.items()},
-        )
-    recalls = list(metrics.values())
-    metrics["rsum"] = Metric(
-        value=sum(m.value for m in recalls),
-        unit="sum of %",
-        protocol=f"RSUM: sum of the six recalls, i2t and t2i at 1, 5 and 10. {ties}",
-        samples=num_images + num_texts,
-        chance=sum(chances.values()),
-        interval_95=percentile_interval(bootstrap.sum(1)),
-        interval_method=method,
-        tie_variants={str(r): sum(m.tie_variants[r] for m in recalls) for r in TIE_RULES if r != HEADLINE_RULE},
-    )
-    for direction, gallery_size, positives in (("i2t", num_texts, texts_of_image), ("t2i", num_images, 1)):
-        by_rule = {rule: float(median_rank(ranks[direction].by(rule))) for rule in TIE_RULES}
-        metrics[f"{direction}_medr"] = Metric(
-            value=by_rule.pop(HEADLINE_RULE),
-            unit="rank",
-            protocol=f"Med r: floor of the median 0-based rank, plus 1. {protocols[direction]}",
-            samples=len(ranks[direction].better),
-            chance=float(chance_median_rank(gallery_size, positives)),
-            tie_variants={str(rule): value for rule, value in by_rule.items()},
-        )
-    return metrics
-
-
-def _bootstrap(i2t: Ranks, t2i: Ranks, image_of_text: Tensor, resamples: int, seed: int) -> Tensor:
-    """Returns (resamples, 6) recalls. Captions of one image are not independent: images are drawn with theirs."""
-    num_images = len(i2t.better)
-    hits = [(i2t.by(HEADLINE_RULE) < k).double() for k in KS]
-    of_texts = [(t2i.by(HEADLINE_RULE) < k).double() for k in KS]
-    hits += [image_of_text.bincount(weights=hit, minlength=num_images) for hit in of_texts]
-    texts_of_image = image_of_text.bincount(minlength=num_images).double()
-    counts = [torch.ones(num_images, dtype=torch.float64)] * len(KS) + [texts_of_image] * len(KS)
-    return bootstrap_percentages(torch.stack(hits, 1), torch.stack(counts, 1), resamples, seed)
+def score_of(
+    encode_image: EncodeImage,
+    encode_text: EncodeText,
+    images: Iterable[Tensor],
+    captions: Sequence[Sequence[str]],
+    make_score: MakeScore = dot_scores,
+    show_progress: bool = True,
+    world: World = ALONE,
+) -> Score:
+    """Returns the Score of all images against all captions; arguments as of `retrieval`."""
+    texts = [text for of_image in captions for text in of_image]
+    text_features = encode_texts(encode_text, texts, show_progress=show_progress, world=world)
+    image_features = encode_images(encode_image, images, len(captions), show_progress, world)
+    return make_score(image_features, text_features)
 
 
 # --- the command
@@ -171,15 +121,24 @@ class RetrievalConfig:
     """What is evaluated, on what, and where the results go."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """Data set: a folder of shards under $SETCLIP_DATA (scenes, …)."""
+    """Data set: scenes, flickr30k, coco, cub, or any folder of shards under $SETCLIP_DATA."""
     data: Path | None = None
-    """Folder of shards elsewhere."""
+    """Folder of shards elsewhere; with a name, of that data set."""
     split: str | None = None
     """Default: test, dev or val, whichever is there first."""
     checkpoint: str | None = None
     """A run, a run's name, a checkpoint folder, or an open_clip NAME:TAG. Default: the newest run under runs/."""
     out: Path | None = None
     """Results file. Default: results/ of the run."""
+    protocols: tuple[str, ...] = ()
+    """full, 5k, 1k-5fold, eccv, cxc, class; the first gives the headline. Default: those of the data set and split."""
+    match: Literal["class", "instance"] | None = None
+    """What is right on CUB: all of the query's class (the default there), or an image's own captions."""
+    similarity: str | None = None
+    """Similarity of the features: cosine, smooth_chamfer, … (setclip.similarity). Default: what the checkpoint names,
+    else cosine, of single vectors."""
+    allow_partial: bool = False
+    """Evaluate even if samples of the data set or protocol are missing; the result is marked partial."""
     gallery_queries: int = 12
     """Queries of each kind in the gallery; 0: no gallery."""
     resamples: int = 1000
@@ -189,77 +148,222 @@ class RetrievalConfig:
     batch_size: int = 128
     """Images a batch."""
     workers: int | None = None
-    """Processes that decode images; 0: none beside this one. Default: by the number of cores."""
+    """Processes that decode images, a rank; 0: none beside this one. Default: by the number of cores."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes CUDA where there is one."""
+    timeout_minutes: float = 60.0
+    """How long a rank waits for the others."""
 
     def __post_init__(self) -> None:
         if self.resamples < 1:
             raise ValueError(f"resamples must be at least 1, found {self.resamples}")
+        if self.match and self.protocols:
+            raise ValueError(
+                f"expected --match or --protocols, found both ({self.match}; {', '.join(self.protocols)}); class matching is "
+                "the protocol class, instance matching the protocol full"
+            )
 
 
-def evaluate(config: RetrievalConfig) -> tuple[Results, dict[str, Any] | None]:
-    """Does what the command does but for writing: returns (results, gallery). Raises InputError."""
-    name, place = retrieval_place(config.name, config.data)
-    split, shards = open_split(place, config.split)
-    keys, captions = read_captions(shards)
-    loaded = model_to_evaluate(config.checkpoint, config.device)
+@dataclass(frozen=True)
+class Evaluated:
+    """What the command writes."""
+
+    results: Results
+    pictures: dict[str, Any] | None
+    """The gallery; None where it is not wanted, and on all ranks but 0."""
+    keys: list[str]
+    queries: dict[str, Mapping[Direction, Queries]] = field(default_factory=dict)
+    """By protocol."""
+    about_queries: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
+    """Does what the command does but for writing. Raises InputError, where data are wrong before the model is loaded.
+
+    `world`: who shares the work; by default nobody.
+    """
+    with together(world):
+        name, place = retrieval_place(config.name, config.data)
+        split, shards, data, usual, is_partial = open_retrieval(config.name, place, config.split, config.allow_partial)
+        protocols = _protocols(config, usual)
+        is_partial |= _check_protocols(protocols, data, config.allow_partial)
+        loaded = model_to_evaluate(config.checkpoint, str(world.device) if world.size > 1 else config.device)
+        similarity, make_score = similarity_of(config.similarity, loaded.identity)
     start = time.monotonic()
-    images = ShardImages(shards, eval_transform(loaded.image_size))
+    images = ShardImages(shards, model_pictures(loaded))
     batches = image_batches(images, config.batch_size, config.workers)
-    outcome = retrieval(*encode_functions(loaded), batches, captions, resamples=config.resamples, seed=config.seed)
+    score = score_of(*encode_functions(loaded), batches, data.captions, make_score, world=world)
+    is_asked_anew = similarity == "cosine" and len(protocols) > 1  # those of sets keep their scores themselves
+    score = remembered(score, KEPT_SCORES // world.size if is_asked_anew else FEW_SCORES)
+    setting = Setting(resamples=config.resamples, seed=config.seed, world=world)
+    found: dict[str, ProtocolOutcome] = {}
+    for each, protocol in protocols.items():
+        found[each] = protocol.run(score, data, setting)
     seconds = time.monotonic() - start
+
+    names = [name for number, (_, protocol) in enumerate(protocols.items()) for name in _narrow(protocol, number == 0)]
     results = Results(
         evaluation="retrieval",
         dataset={
             "name": name,
             "place": str(place),
             "split": split,
-            "images": len(keys),
-            "captions": len(outcome.image_of_text),
+            "images": len(data.keys),
+            "captions": sum(map(len, data.captions)),
+            "captions_sha256": data.captions_sha256,
         },
-        metrics=outcome.metrics,
-        headline=[*(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in KS), "rsum", "i2t_medr", "t2i_medr"],
+        metrics={name: metric for outcome in found.values() for name, metric in outcome.metrics.items()},
+        headline=names,
         checkpoint=loaded.identity,
         config=to_dict(config),
+        is_partial=is_partial,
+        details={
+            "protocols": {each: protocol.sentence for each, protocol in protocols.items()},
+            "similarity": similarity,
+            "captions_left_out": data.left_out,
+            "ranks": world.size,
+        },
         seconds=round(seconds, 3),
     )
-    if config.gallery_queries < 1:
-        return results, None
-    found = (outcome.score, outcome.i2t, outcome.t2i, outcome.image_of_text)
-    pictures = gallery(*found, keys, captions, config.gallery_queries)
-    return results, {"data": str(place), "split": split, "checkpoint": loaded.identity, **pictures}
+    pictures = None
+    if config.gallery_queries > 0:
+        ranks = next((outcome.ranks for outcome in found.values() if outcome.ranks), None)
+        if ranks is None:  # answers are marked by image, whatever else the protocol takes for right
+            ranks = whole_gallery(score, data.image_of_text, len(data.keys), setting).ranks
+        assert ranks is not None
+        if world.rank == 0:
+            i2t, t2i = ranks
+            chosen = gallery(
+                score,
+                i2t,
+                t2i,
+                data.image_of_text,
+                data.keys,
+                data.captions,
+                config.gallery_queries,
+                read_image=_image_reader(shards, data.keys),
+            )
+            pictures = {"data": str(place), "split": split, "checkpoint": loaded.identity, **chosen}
+    about = {
+        "captions_sha256": data.captions_sha256,
+        "protocols": results.details["protocols"],
+        "dataset": {"name": name, "split": split},
+        "is_partial": is_partial,
+    }
+    return Evaluated(results, pictures, data.keys, {each: of.queries for each, of in found.items()}, about)
 
 
-def read_captions(shards: Sequence[Shard]) -> tuple[list[str], list[list[str]]]:
-    """Returns (keys, captions of each sample) in the order of the shards. Raises InputError on one without caption."""
-    keys: list[str] = []
-    captions: list[list[str]] = []
-    for shard in shards:
-        for sample in shard:
-            if not any(text.strip() for text in sample.captions):
-                raise InputError(
-                    f"{shard.path}, sample {sample.key}: expected a caption, found none; prepare the shards again"
-                )
-            keys.append(sample.key)
-            captions.append(sample.captions)
-    if not keys:
-        raise InputError(f"expected samples in {[str(s.path) for s in shards]}, found none; prepare the shards again")
-    return keys, captions
+def similarity_of(name: str | None, identity: Mapping[str, Any]) -> tuple[str, MakeScore]:
+    """Returns (name, MakeScore) of the similarity asked for, or else of what the checkpoint names, or else cosine.
+
+    A checkpoint's `similarity` is a name, or a mapping with `name` and options. Raises InputError on an unknown name.
+    """
+    named = identity.get("similarity", "cosine") if name is None else name
+    options = dict(named) if isinstance(named, Mapping) else {"name": named}
+    return options["name"], scores_of(make_similarity(**options))
+
+
+def scores_of(similarity: SetSimilarity) -> MakeScore:
+    """Returns a MakeScore of a similarity of sets, for features (N, K, D), or (N, D) as sets of one element.
+
+    Zero vectors are elements that are not there, as `encode_images` and `encode_texts` fill sets up with.
+    """
+
+    def make_score(image_features: Tensor, text_features: Tensor) -> Score:
+        sides = [each.unsqueeze(1) if each.ndim == 2 else each for each in (image_features, text_features)]
+        image_mask, text_mask = (None if bool(side.any(-1).all()) else side.any(-1) for side in sides)
+        return set_scores(similarity, sides[0], sides[1], image_mask, text_mask)
+
+    return make_score
+
+
+def _protocols(config: RetrievalConfig, usual: Sequence[str]) -> dict[str, Protocol]:
+    names = config.protocols or usual
+    if config.match is not None:
+        names = ("class",) if config.match == "class" else ("full",)
+    chosen = {name: look_up(PROTOCOLS, name, "protocol") for name in names}
+    prefixes = [protocol.prefix for protocol in chosen.values()]
+    twice = [name for name, protocol in chosen.items() if prefixes.count(protocol.prefix) > 1]
+    if twice:
+        raise InputError(
+            f"expected protocols whose numbers have names of their own, found {' and '.join(twice)}, which are the same "
+            "ranking; choose one of them"
+        )
+    return chosen
+
+
+def _check_protocols(protocols: Mapping[str, Protocol], data: RetrievalData, allow_partial: bool) -> bool:
+    """Returns whether samples that a protocol asks for are missing; without `allow_partial` that is an InputError."""
+    faults = {name: found for name, protocol in protocols.items() if (found := protocol.faults(data))}
+    if faults and not allow_partial:
+        texts = "; ".join(f"{name}: {', '.join(found)}" for name, found in faults.items())
+        raise InputError(
+            f"expected the samples that the protocols ask for, found other ones: {texts}. Evaluate the whole split, choose "
+            "other --protocols, or evaluate what is there with --allow-partial True (the result is then marked partial)"
+        )
+    if faults:
+        warn(f"partial: {'; '.join(fault for found in faults.values() for fault in found)}")
+    return bool(faults)
+
+
+def _narrow(protocol: Protocol, is_first: bool) -> list[str]:
+    """Returns the names of a protocol's metrics in a narrow table."""
+    return protocol.headline() if is_first else [protocol.prefix + name for name in protocol.brief]
+
+
+def _image_reader(shards: Sequence[Shard], keys: Sequence[str]) -> Callable[[str], bytes]:
+    """Returns a function from a sample's key to the bytes of its image."""
+    places = ((shard, row) for shard in shards for row in range(len(shard)))
+    place_of = dict(zip(keys, places, strict=True))
+
+    def read_image(key: str) -> bytes:
+        shard, row = place_of[key]
+        return shard.read(row).image
+
+    return read_image
+
+
+def query_arrays(queries: Mapping[str, Mapping[Direction, Queries]]) -> dict[str, Tensor]:
+    """Returns the arrays of `eval_suite.per_query` of each protocol's queries, equal scores against us."""
+    arrays: dict[str, Tensor] = {}
+    for protocol, directions in queries.items():
+        for direction, of in directions.items():
+            place = f"{protocol}.{direction}"
+            arrays |= {f"{place}.image": of.image, f"{place}.rank": of.rank[HEADLINE_RULE]}
+            arrays |= {f"{place}.{name}": by_rule[HEADLINE_RULE] for name, by_rule in of.lists.items()}
+            if of.fold is not None:
+                arrays[f"{place}.fold"] = of.fold
+    return arrays
 
 
 def main() -> None:
     """Runs the command."""
     config: RetrievalConfig = parse(RetrievalConfig, description=__doc__)
-    results, pictures = evaluate(config)
+    world = join(config.device, config.timeout_minutes)
+    try:
+        evaluated = evaluate(config, world)
+        if world.rank == 0:
+            _write(evaluated, config.out)
+    finally:
+        distributed.stop()
+
+
+def _write(evaluated: Evaluated, out: Path | None) -> None:
+    results, pictures = evaluated.results, evaluated.pictures
     dataset = f"{results.dataset['name']}_{results.dataset['split']}"
-    out = config.out or default_out("retrieval", dataset, results.checkpoint)
+    out = out or default_out("retrieval", dataset, results.checkpoint)
     if pictures is not None:
         gallery_path = out.with_name(f"{out.stem}.gallery.json")
         gallery_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(gallery_path, pictures)
         results.details["gallery"] = gallery_path.name
+    queries = per_query_path(out)
+    arrays = query_arrays(evaluated.queries)
+    save_per_query(queries, kind="retrieval", keys=evaluated.keys, about=evaluated.about_queries, **arrays)
+    results.details["queries"] = queries.name
     results.save(out)
+    for name, sentence in results.details["protocols"].items():
+        say(f"{name}: {sentence}")
     say(f"\n{markdown_table([results])}\nresults: {out}")
     if pictures is not None:
         say(f"gallery: {gallery_path}")

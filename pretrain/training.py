@@ -18,12 +18,16 @@ from pretrain.loader import Batch, Loader, SamplePipeline, automatic_workers, to
 from pretrain.losses import BatchSets, LossOutput, Moment, ObjectWeights, contrastive_loss, prepare_targets
 from pretrain.optim import OptimConfig, learning_rate
 from pretrain.plan import Plan, announce, course_of
-from pretrain.progress import RunLog
+from pretrain.progress import METRICS_NAME, RunLog
 from pretrain.resume import TrainState, read_state
 from pretrain.self_check import SelfCheck
+from pretrain.sessions import SessionLog
 from pretrain.side_stream import SideStream
 from pretrain.state import gather_weights, restore
 from pretrain.stopping import Stopped, StopRequest
+from pretrain.text_domains import text_shares
+from pretrain.throughput import Utilisation, utilisation_of
+from pretrain.trackers import check_trackers, open_trackers
 from pretrain.watchdog import Watchdog
 from setclip import config as configuration
 from setclip import distributed
@@ -37,6 +41,7 @@ from setclip.models.clip import build_clip, fit_bias, image_size_of, load_weight
 from setclip.provenance import describe
 from setclip.shards import Shard
 
+REPORT_AFTER_SECONDS = 60.0  # of a run; shorter ones are looked at by `python -m pretrain.report`
 _DROPOUT, _TARGETS = 3, 4  # keep the draws of a step apart from each other and from those of the data
 
 
@@ -90,6 +95,8 @@ class Training:
     def __init__(
         self, recipe: str, config: PretrainConfig, plan: Plan, start: Start, world: World, request: StopRequest
     ):
+        check_trackers(config.log)
+        self.recipe = recipe
         self.config, self.plan, self.world, self.request = config, plan, world, request
         state = start.state
         self.step, self.samples_seen, self.applied_steps = state.step, state.samples_seen, state.applied_steps
@@ -99,17 +106,30 @@ class Training:
         model = build_clip(plan.model_cfg)
         check_space(plan.out, model, config.save)
         self._fill(model, start)
+        utilisation = utilisation_of(model, config.engine.precision, world.device)
         announce(recipe, config, plan, model, state, world)
         self.engine = Engine(model, config.engine, config.optim, plan.local_batch_size, world)
         if start.weights is not None:
             restore(self.engine, start.weights, start.moments or {}, state.applied_steps)
             self.engine.set_step(state.step)
         self.loader = self._make_loader(model, state)
-        self.evaluator = Evaluator(config.eval, plan.model_cfg, world.device)
+        self.evaluator = Evaluator(config.eval, plan.model_cfg, world, config.objects)
         if world.rank == 0:
             _prepare_folder(plan, config, start)
         distributed.broadcast(None)  # the other ranks wait for the folder
-        self.log = RunLog(plan.out / "metrics.jsonl", plan.total_samples, state.samples_seen, state.step)
+        self.log = RunLog(
+            plan.out / METRICS_NAME,
+            plan.total_samples,
+            state.samples_seen,
+            state.step,
+            world.device,
+            world.size,
+            utilisation if isinstance(utilisation, Utilisation) else None,
+            open_trackers(config.log, plan.out, state.step, configuration.to_dict(config)) if world.rank == 0 else (),
+        )
+        if isinstance(utilisation, str) and world.device.type == "cuda":
+            say(f"note: MFU is not logged {utilisation}")
+        self.session = SessionLog(plan.out)
         self.checkpoints = Checkpoints(
             config.save, plan.out, world, plan.model_cfg, partial(_description, recipe, config, plan)
         )
@@ -128,16 +148,25 @@ class Training:
         Raises Stopped when asked to stop, and RollBack, on all ranks at the same step.
         """
         try:
-            self._run()
+            self._run_and_close()
+        except Stopped:
+            self._report()
+            raise
+        self._report()
+        assert self.checkpoint is not None
+        say(f"checkpoint: {self.checkpoint}")
+        return self.checkpoint
+
+    def _run_and_close(self) -> None:
+        try:
+            with self.session.recorded(lambda: self.step, self._facts()):
+                self._run()
         finally:
             self.checkpoints.wait()
             self.log.close()
             self.engine.close()
             self.loader.close()
             self.watchdog.close()
-        assert self.checkpoint is not None
-        say(f"checkpoint: {self.checkpoint}")
-        return self.checkpoint
 
     def _run(self) -> None:
         batches = iter(self.loader)
@@ -155,8 +184,9 @@ class Training:
                 figures, features, outcome, lr = self._train_on(batch)
                 # One collective a step tells all ranks what any of them wants.
                 wants = [self.request.signal is not None, self.checkpoints.is_time, self.checkpoints.has_failed]
+                shares = {} if self.plan.texts is None else text_shares(batch.domains)
                 means = distributed.mean_over_ranks(
-                    torch.stack([*figures, *map(figures[0].new_tensor, map(float, wants))])
+                    torch.stack([*figures, *map(figures[0].new_tensor, map(float, (*shares.values(), *wants)))])
                 )
                 loss, *values = means.tolist()
             self._count(batch)
@@ -165,7 +195,7 @@ class Training:
             else:
                 self.applied_steps += 1
                 self.self_check.after_step(self.step, lr)
-                measured = dict(zip(self.meters, values, strict=False))
+                measured = dict(zip((*self.meters, *shares), values, strict=False))
                 self.log.add(self.config.global_batch_size, loss=loss, **measured, grad_norm=outcome.grad_norm)
                 if remark := self.collapse.add(loss):
                     warn(remark)
@@ -210,20 +240,19 @@ class Training:
         last = step == self.plan.total_steps
         if step % config.log_every_steps == 0 or last or is_asked:
             self.watchdog.at(step, "logging")
-            bad = sum(distributed.gather_objects(sum(self.loader.skipped.values())))
             self.log.line(
+                distributed.gather_objects(self.log.of_this_rank(sum(self.loader.skipped.values()))),
                 step=step,
                 samples_seen=self.samples_seen,
                 epoch=self.samples_seen / self.plan.order.num_samples,
                 lr=lr,
                 logit_scale=float(features.logit_scale.detach()),
                 **({} if features.logit_bias is None else {"logit_bias": float(features.logit_bias.detach())}),
-                bad_samples=bad,
             )
         is_best = False
         if self.evaluator.wanted(step, last) and not is_asked:
             self.watchdog.at(step, "evaluating")
-            found = self.evaluator(gather_weights(self.engine), self.world)
+            found = self.evaluator(gather_weights(self.engine))
             self.log.write({"step": step, "samples_seen": self.samples_seen, **found})
             if found:
                 self.log.meter.print_above("  ".join([f"step {step:>7,}", *(f"{k} {v:.3f}" for k, v in found.items())]))
@@ -236,6 +265,35 @@ class Training:
             if is_asked:
                 name = next(filter(None, distributed.gather_objects(self.request.signal)))
                 raise Stopped(f"{name}: saved at step {step:,} ({self.checkpoint}); --resume True goes on")
+
+    def _facts(self) -> dict[str, Any]:
+        """Returns what sessions.jsonl says of this start."""
+        plan, config, world = self.plan, self.config, self.world
+        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+        return {
+            "recipe": self.recipe,
+            "model": config.model.name,
+            "loss": config.loss.full_name,
+            "ranks": world.size,
+            "device": device,
+            "total_steps": plan.total_steps,
+            "samples_per_epoch": plan.order.num_samples,
+            "left_out": list(self.left_out),
+            "data": plan.manifest.identity(),
+            "provenance": describe(),
+        }
+
+    def _report(self) -> None:
+        """Writes the report where the run was long enough to be worth it; a failure is said and ends nothing."""
+        wanted = self.config.log.report and self.session.seconds >= REPORT_AFTER_SECONDS
+        if self.world.rank != 0 or not wanted:
+            return
+        from pretrain.report import write_report  # draws: half a second that no rank should pay at its start
+
+        try:
+            say(f"report: {write_report([self.plan.out])}")
+        except Exception as error:
+            warn(f"report.html could not be written ({error}); the run is whole, `python -m pretrain.report` makes it later")
 
     def _state(self) -> TrainState:
         return TrainState(
@@ -264,6 +322,7 @@ class Training:
             tokenizer_for(plan.model_cfg),
             plan.parser,
             config.seed,
+            plan.texts,
         )
         workers = automatic_workers(world.size) if config.data.workers is None else config.data.workers
         return Loader(

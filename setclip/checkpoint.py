@@ -49,6 +49,10 @@ class LoadedModel:
     std: tuple[float, ...]
     identity: dict[str, Any]
     """Where it came from: where, model; for our checkpoints also step, samples_seen, recipe, data."""
+    interpolation: str = "bicubic"
+    """How pictures are resized: open_clip's `interpolation`."""
+    resize_mode: str = "shortest"
+    """To what: open_clip's `resize_mode`."""
 
 
 def save_checkpoint(
@@ -146,10 +150,11 @@ def load_model(where: str | Path, device: str | torch.device = "cpu") -> LoadedM
         if tag:
             source = open_clip.create_model(name, pretrained=tag)
             mean, std = source.visual.image_mean, source.visual.image_std
+            preprocess = source.visual.preprocess_cfg
             weights = source.state_dict()
         else:
             say(f"{name}: no weights were asked for (NAME:TAG), so they are random")
-            mean, std = MEAN, STD
+            mean, std, preprocess = MEAN, STD, {}
             weights = build_clip(model_cfg).state_dict()
         identity = {"where": text, "model": name}
     else:
@@ -164,7 +169,14 @@ def load_model(where: str | Path, device: str | torch.device = "cpu") -> LoadedM
     load_weights(model, weights, text)
     model.eval().to(device)
     return LoadedModel(
-        model, tokenizer_for(model_cfg), image_size_of(model), tuple(map(float, mean)), tuple(map(float, std)), identity
+        model,
+        tokenizer_for(model_cfg),
+        image_size_of(model),
+        tuple(map(float, mean)),
+        tuple(map(float, std)),
+        identity,
+        preprocess.get("interpolation") or "bicubic",
+        preprocess.get("resize_mode") or "shortest",
     )
 
 

@@ -21,6 +21,7 @@ from setclip.demo_record import ARMS, DemoFolder, DemoRecord
 from setclip.errors import InputError
 from setclip.log import duration, say
 from setclip.manifest import Manifest
+from setclip.metric_text import interval_text, metric_words, number_text, with_interval
 from setclip.objects import GROUPS, ObjectTable, num_tail_objects, read_objects
 from setclip.shards import Sample, Shard
 
@@ -311,7 +312,7 @@ def classes_section(data: DemoData) -> report.Section:
                 [
                     group,
                     *(_with_interval(metrics[arm][number]) for arm in ARMS),
-                    _number(metrics["hard"][number]["chance"], "%"),
+                    number_text(metrics["hard"][number]["chance"], "%"),
                 ]
                 for number, group in enumerate(groups)
             ],
@@ -410,8 +411,8 @@ def results_section(data: DemoData) -> report.Section:
             if None in metrics:
                 continue
             found = [metric for metric in metrics if metric]
-            chance, unit = _number(found[0]["chance"], found[0]["unit"]), found[0]["unit"]
-            rows.append([_metric_name(name, unit), *map(_with_interval, found), chance, f"{found[0]['samples']:,}"])
+            chance, unit = number_text(found[0]["chance"], found[0]["unit"]), found[0]["unit"]
+            rows.append([metric_words(name, unit), *map(_with_interval, found), chance, f"{found[0]['samples']:,}"])
         header = ["metric", *(_short(arm) for arm in ARMS), "chance", "samples"]
         blocks.append(report.table(report.Table(f"{title} ({counts})", header, rows)))
     return report.Section(
@@ -543,44 +544,17 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _metric_name(name: str, unit: str) -> str:
-    words = {
-        "i2t_medr": "picture → caption, median rank",
-        "t2i_medr": "caption → picture, median rank",
-        "rsum": "sum of the six recalls",
-        "top1": "top-1, %",
-        "top5": "top-5, %",
-        "mean_per_class": "mean per class, %",
-    }
-    if name in words:
-        return words[name]
-    direction, _, rest = name.partition("_")
-    if direction in ("i2t", "t2i"):
-        asked = "picture → caption" if direction == "i2t" else "caption → picture"
-        return f"{asked}, R@{rest.removeprefix('r')}, %"
-    return f"{name.replace('top1_', 'top-1, ').replace('_', ' ')}{', %' if unit == '%' else ''}"
-
-
 def _percent(value: float) -> str:
-    return f"{_number(value, '%')}\N{NO-BREAK SPACE}%"
-
-
-def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return "–"
-    if unit == "rank":
-        return f"{value:,.0f}"
-    return f"{value:.2f}" if 0 < abs(value) < 1 else f"{value:.1f}"
+    return f"{number_text(value, '%')}\N{NO-BREAK SPACE}%"
 
 
 def _interval(metric: Mapping[str, Any]) -> str:
     low, high = metric["interval_95"] or (metric["value"],) * 2
-    return f"{_number(low, metric['unit'])} to {_number(high, metric['unit'])}"
+    return interval_text((low, high), metric["unit"], " to ")
 
 
 def _with_interval(metric: Mapping[str, Any]) -> str:
-    value = _number(metric["value"], metric["unit"])
-    return f"{value} [{_interval(metric).replace(' to ', ', ')}]" if metric["interval_95"] else value
+    return with_interval(metric["value"], metric["unit"], metric["interval_95"])
 
 
 def _around(text: str, part: str, replacement: Markup) -> tuple[str, Markup, str]:

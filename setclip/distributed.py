@@ -11,7 +11,7 @@ import subprocess
 import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -141,6 +141,42 @@ def gather(local: Tensor) -> Tensor:
     parts = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(parts, local.detach().contiguous())
     return torch.cat(parts)
+
+
+def gather_rows(local: Tensor, device: torch.device) -> Tensor:
+    """Returns all ranks' rows in rank order, on the CPU, from each rank's (rows, …), without gradient and padding.
+
+    Ranks may have different numbers of rows, or none (what follows the rows is then taken from the others). `device` is
+    where the collective wants its tensors (`World.device`).
+    """
+    if world_size() == 1:
+        return local.detach().cpu()
+    described = gather_objects((tuple(local.shape), local.dtype))
+    shape, dtype = next((entry for entry in described if entry[0][0]), described[0])
+    kinds = {(each[1:], kind) for each, kind in described if each[0]}
+    assert len(kinds) <= 1, f"ranks have rows of different kinds: {kinds}"
+    parts = []
+    for source, ((rows, *_), _) in enumerate(described):
+        if rows == 0:
+            continue
+        is_own = source == dist.get_rank()
+        part = (
+            local.detach().to(device).contiguous() if is_own else torch.empty(rows, *shape[1:], dtype=dtype).to(device)
+        )
+        # NCCL and gloo have no broadcast of truth values.
+        part = part.to(torch.uint8) if dtype == torch.bool else part
+        dist.broadcast(part, source)
+        parts.append(part.cpu())
+    return torch.cat(parts).to(dtype) if parts else torch.empty(0, *shape[1:], dtype=dtype)
+
+
+def reduce_over_ranks(value: Tensor, how: Literal["sum", "max"], device: torch.device) -> Tensor:
+    """Returns the sum or the largest over ranks of each entry, on the CPU; of whole numbers and of "max" it is exact."""
+    if world_size() == 1:
+        return value
+    value = value.detach().clone().to(device)
+    dist.all_reduce(value, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+    return value.cpu()
 
 
 def gather_with_gradient(local: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ text, so it takes the page's font and can be read aloud and searched.
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,21 +16,30 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 _INK, _GRID, _CHANCE, _HEAD, _TAIL = "#010101", "#020202", "#030303", "#040404", "#050505"
 _SERIES = ("#060606", "#070707", "#080808")
+_MORE_SERIES = ("#0b0b0b", "#0c0c0c", "#0d0d0d")  # where more than three lines are compared
+_CARD, _STRONG = "#090909", "#0a0a0a"
 _CSS = {
     _INK: "var(--soft)",
     _GRID: "var(--line)",
     _CHANCE: "var(--chance)",
     _HEAD: "var(--head)",
     _TAIL: "var(--tail)",
-    **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES, 1)},
+    _CARD: "var(--card)",
+    _STRONG: "var(--ink)",
+    **{color: f"var(--series-{number})" for number, color in enumerate((*_SERIES, *_MORE_SERIES), 1)},
 }
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 _MARKERS = ("o", "s", "^")
 _HATCHES = ("", "///", "...")  # told apart without colour, too
+MOST_TIMELINES = 6
+"""Lines of one figure of `timelines`."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -68,8 +78,15 @@ class Bar:
     interval: tuple[float, float] | None = None
 
 
-def curves(lines: Sequence[Curve], x_label: str, y_label: str, alt: str, chance: float | None = None) -> Markup:
-    """Lines over a common axis from zero, with chance dashed where it is given."""
+def curves(
+    lines: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    alt: str,
+    chance: float | None = None,
+    log_x: bool = False,
+) -> Markup:
+    """Lines over a common axis from zero, or a logarithmic one, with chance dashed where it is given."""
     with _drawing(alt) as (figure, axes):
         for line, color, dash, marker in zip(lines, _SERIES, _DASHES, _MARKERS, strict=False):
             few = len(line.xs) <= 12
@@ -78,13 +95,75 @@ def curves(lines: Sequence[Curve], x_label: str, y_label: str, alt: str, chance:
             )
         if chance is not None:
             axes.axhline(chance, color=_CHANCE, lw=1.4, ls=":", label="chance")
-        axes.set_xlim(left=0)
+        if log_x:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        else:
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if chance is not None:
             axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _legend(axes)
+        return _svg(figure, alt)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A named line over the steps of a run; `lows` and `highs` are the span of what a point stands for."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    lows: Sequence[float] | None = None
+    highs: Sequence[float] | None = None
+    tone: str = "series-1"
+    """"series-1" to "series-6", "head", "tail" or "soft"."""
+
+
+def timelines(
+    lines: Sequence[Timeline],
+    y_label: str,
+    alt: str,
+    log_y: bool = False,
+    from_zero: bool = False,
+    level: tuple[str, float] | None = None,
+    marks: Mapping[str, Sequence[float]] | None = None,
+) -> Markup:
+    """Lines over steps, each with its span shaded, and up to two kinds of marks (name to steps) as thin upright lines.
+
+    `level`: a named horizontal line. More than MOST_TIMELINES lines cannot be told apart.
+    """
+    assert len(lines) <= MOST_TIMELINES, len(lines)
+    colors = {f"series-{number}": color for number, color in enumerate((*_SERIES, *_MORE_SERIES), 1)}
+    colors |= {"head": _HEAD, "tail": _TAIL, "soft": _INK}
+    with _drawing(alt) as (figure, axes):
+        for number, line in enumerate(lines):
+            color, dash = colors[line.tone], _DASHES[number % len(_DASHES)]
+            if line.lows is not None and line.highs is not None:
+                axes.fill_between(line.xs, line.lows, line.highs, color=color, alpha=0.18, lw=0)
+            marker = _MARKERS[number % len(_MARKERS)] if len(line.xs) <= 12 else ""
+            axes.plot(line.xs, line.ys, color=color, ls=dash, lw=1.8, marker=marker, ms=4.5, label=line.name)
+        if level is not None:
+            axes.axhline(level[1], color=_CHANCE, lw=1.4, ls=":", label=level[0])
+        for (name, steps), dash, color in zip((marks or {}).items(), ("-.", "-"), (_INK, _TAIL), strict=False):
+            for number, step in enumerate(steps):
+                axes.axvline(step, color=color, lw=0.9, ls=dash, alpha=0.7, label="" if number else name)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        if log_y:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        elif from_zero:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel(y_label)
+        if len(lines) > 1 or level is not None or marks:
+            _legend(axes)
         return _svg(figure, alt)
 
 
@@ -205,24 +284,173 @@ def rank_frequency(
         return _svg(figure, alt)
 
 
+def confusion_matrix(names: Sequence[str], shares: Mapping[tuple[int, int], float], alt: str) -> Markup:
+    """Right classes as rows, predicted ones as columns; a cell is as dark as its share (0 to 1) of the row's images.
+
+    `shares` has an entry (row, column) for each cell that is not empty. Right answers, on the diagonal, have another
+    colour than confusions; up to 15 classes the percentages stand in the cells.
+    """
+    side = matrix_inches(len(names))
+    with _drawing(alt, side, side) as (figure, axes):
+        for (row, column), share in sorted(shares.items()):
+            # 8 % of colour is the least that is seen on either ground.
+            color = _SERIES[0] if row == column else _SERIES[1]
+            axes.add_patch(
+                Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=(color, 0.08 + 0.92 * min(1.0, share)), lw=0)
+            )
+            if len(names) <= 15:
+                text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5}
+                axes.text(column, row, f"{100 * share:.0f}", color=_CARD if share > 0.55 else _STRONG, **text)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_aspect("equal")
+        short = [name if len(name) <= 22 else f"{name[:21]}…" for name in names]
+        axes.set_xticks(range(len(names)), short, rotation=90, fontsize=9)
+        axes.set_yticks(range(len(names)), short, fontsize=9)
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.set_xticks([edge - 0.5 for edge in range(len(names) + 1)], minor=True)
+        axes.set_yticks([edge - 0.5 for edge in range(len(names) + 1)], minor=True)
+        axes.tick_params(which="minor", length=0)
+        axes.grid(visible=True, which="minor", lw=0.4)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("right class")
+        return _svg(figure, alt)
+
+
+def matrix_inches(num_classes: int) -> float:
+    """Returns the side of a confusion matrix at which its names can be read, in inches of 96 pixels on a page."""
+    return 2.4 + 0.19 * num_classes
+
+
+def accuracy_by_frequency(
+    counts: Sequence[int], accuracies: Sequence[float], groups: Sequence[str], alt: str, chance: float | None = None
+) -> Markup:
+    """A point a class: accuracy in percent over how often it was named (logarithmic), and means of equal parts.
+
+    `groups`: "head", "middle", "tail" or another name of each class, which colours it. Classes that were never named
+    stand at the left, at 0.
+    """
+    with _drawing(alt, height=3.4) as (figure, axes):
+        places = [max(float(count), 0.5) for count in counts]
+        colors = {"head": _HEAD, "tail": _TAIL}
+        markers = {"head": "^", "tail": "v"}
+        for group in dict.fromkeys(groups):
+            of_group = [row for row, name in enumerate(groups) if name == group]
+            axes.plot(
+                [places[row] for row in of_group],
+                [accuracies[row] for row in of_group],
+                color=colors.get(group, _INK),
+                marker=markers.get(group, "o"),
+                ms=4,
+                lw=0,
+                alpha=0.5,
+                mew=0,
+                label=group,
+            )
+        order = sorted(range(len(counts)), key=lambda row: places[row])
+        num_parts = min(10, len(counts) // 5)
+        if num_parts > 1:
+            ends = [len(order) * part // num_parts for part in range(num_parts + 1)]
+            parts = [order[start:end] for start, end in itertools.pairwise(ends)]
+            # the geometric mean is the middle of a logarithmic axis
+            middles = [math.exp(sum(math.log(places[row]) for row in part) / len(part)) for part in parts]
+            means = [sum(accuracies[row] for row in part) / len(part) for part in parts]
+            axes.plot(middles, means, color=_SERIES[0], lw=2.2, marker="o", ms=4, label=f"mean of {num_parts} parts")
+        if chance is not None:
+            axes.axhline(chance, color=_CHANCE, lw=1.4, ls=":", label="chance")
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        low, high = min(places) / 1.3, max(places) * 1.3
+        # over less than two decades the powers of ten are too few
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "0"))
+        axes.set_xlim(low, high)
+        axes.set_ylim(-3, 103)
+        axes.set_xlabel("captions that name it")
+        axes.set_ylabel("top-1 (%)")
+        for handle in _legend(axes).legend_handles:
+            if isinstance(handle, Line2D):
+                handle.set(alpha=1, markersize=6)
+        return _svg(figure, alt)
+
+
+def ranked_levels(values: Sequence[float], levels: Mapping[str, float], x_label: str, y_label: str, alt: str) -> Markup:
+    """Values in falling order as a filled line, with named horizontal lines (up to three) to read them against.
+
+    The x axis is logarithmic, because the first few of very many are what is looked at.
+    """
+    with _drawing(alt) as (figure, axes):
+        ranks = range(1, len(values) + 1)
+        axes.fill_between(ranks, values, color=_SERIES[0], alpha=0.18, lw=0, step="mid")
+        axes.step(ranks, values, where="mid", color=_SERIES[0], lw=1.8)
+        for (name, level), dash in zip(levels.items(), (":", (0, (5, 2)), "-."), strict=False):
+            axes.axhline(level, color=_CHANCE, lw=1.4, ls=dash, label=name)
+        axes.set_xscale("log")
+        axes.set_xlim(0.9, max(len(values), 2) * 1.1)
+        axes.set_ylim(0, max([*values, *levels.values(), 1e-9]) * 1.08)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if levels:
+            _legend(axes)
+        return _svg(figure, alt)
+
+
+def heat_rows(values: Sequence[Sequence[float]], names: Sequence[str], x_label: str, alt: str) -> Markup:
+    """Rows of many numbers as stripes, the lowest dark and the highest light, with a scale beside."""
+    with _drawing(alt, 1.3 + 0.3 * len(names)) as (figure, axes):
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
+        figure.colorbar(image, ax=axes, pad=0.02).outline.set_visible(False)
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(visible=False)
+        axes.set_xlabel(x_label)
+        return _svg(figure, alt)
+
+
+def square_matrix(values: Sequence[Sequence[float]], names: Sequence[str], alt: str) -> Markup:
+    """Numbers from 0 to 1 between things and themselves: cells that are as dark as they are high, the number in each."""
+    side = 1.4 + 0.55 * len(names)
+    with _drawing(alt, side, side) as (figure, axes):
+        for row, cells in enumerate(values):
+            for column, value in enumerate(cells):
+                shade = min(1.0, max(0.0, value))
+                axes.add_patch(
+                    Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=(_SERIES[0], 0.05 + 0.95 * shade), lw=0)
+                )
+                color = _CARD if shade > 0.55 else _STRONG
+                axes.text(column, row, f"{value:.2f}", color=color, ha="center", va="center", fontsize=10)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_aspect("equal")
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        return _svg(figure, alt)
+
+
 class _drawing:
     """A figure under the style of reports, for a `with` block; equal input gives equal bytes."""
 
-    def __init__(self, alt: str, height: float = 3.1):
+    def __init__(self, alt: str, height: float = 3.1, width: float = 4.7):
         self._context = matplotlib.rc_context({**_STYLE, "svg.hashsalt": alt})
-        self._height = height
+        self._size = (width, height)
 
     def __enter__(self) -> tuple[Figure, Axes]:
         self._context.__enter__()
-        figure = Figure(figsize=(4.7, self._height), layout="constrained")
+        figure = Figure(figsize=self._size, layout="constrained")
         return figure, figure.add_subplot()
 
     def __exit__(self, *exception) -> None:
         self._context.__exit__(*exception)
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(
+def _legend(axes: Axes) -> Legend:
+    return axes.legend(
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=10.5, handlelength=1.8, columnspacing=1.0
     )
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 import simplejpeg
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from setclip.decode import DecodeError, decode_rgb
@@ -25,8 +25,8 @@ from setclip.shards import Shard
 _MEDIA_TYPES = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 _TILE = (
     b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 160 160"><path fill="#8a8f98" d="M0 0h160v160H0z"/>'
-    b'<text x="80" y="76" fill="#fff" font-family="sans-serif" font-size="15" text-anchor="middle">cannot be'
-    b'<tspan x="80" dy="20">decoded</tspan></text></svg>'
+    b'<text x="80" y="76" fill="#fff" font-family="sans-serif" font-size="15" text-anchor="middle">%s'
+    b'<tspan x="80" dy="20">%s</tspan></text></svg>'
 )
 
 
@@ -89,6 +89,17 @@ class Query:
     """Such as the rank of the right answer."""
     answers: Sequence[Answer]
     picture: Picture | None = None
+    wanted: Answer | None = None
+    """The right answer, shown apart; for queries whose best answers do not have it."""
+
+
+@dataclass(frozen=True)
+class PictureGroup:
+    """A few pictures under a title, such as those that a classifier confuses."""
+
+    title: str
+    text: str
+    pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -118,9 +129,9 @@ class Table:
 
     caption: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    kind: Literal["numbers", "words"] = "numbers"
-    """"numbers" are aligned to the right."""
+    rows: Sequence[Sequence[str | Markup]]
+    kind: Literal["numbers", "words", "wide-words"] = "numbers"
+    """"numbers" are aligned to the right; "wide-words" have room for several columns of text, and scroll."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,8 @@ class Section:
     intro: str = ""
     menu: str = ""
     """Its name in the menu; by default the title."""
+    parts: Sequence[tuple[str, str]] = ()
+    """(anchor, name) of its subtitles for the menu."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,15 +173,34 @@ def thumbnail(data: bytes, alt: str, side: int = 160) -> Picture:
     One that cannot be decoded becomes a grey tile that says so, in words as well.
     """
     try:
-        pixels = decode_rgb(data, min_size=side)
+        return picture(small_jpeg(data, side), "jpg", alt)
     except DecodeError as error:
-        return Picture(f"data:image/svg+xml;base64,{base64.b64encode(_TILE).decode()}", f"no picture ({error}): {alt}")
+        return missing_picture(f"no picture ({error}): {alt}", ("cannot be", "decoded"))
+
+
+def missing_picture(alt: str, words: tuple[str, str] = ("not here", "")) -> Picture:
+    """Returns a grey tile with two lines of a few words, for a picture that cannot be shown."""
+    tile = _TILE % tuple(escape(line).encode() for line in words)
+    return Picture(f"data:image/svg+xml;base64,{base64.b64encode(tile).decode()}", alt)
+
+
+def small_jpeg(data: bytes, side: int = 160, max_bytes: int | None = None) -> bytes:
+    """Returns an image as a JPEG of at most `side` pixels in either direction.
+
+    With `max_bytes` its quality is lowered from 80 until it fits, to 10 at worst. Raises DecodeError.
+    """
+    pixels = decode_rgb(data, min_size=side)
     height, width = pixels.shape[:2]
     scale = min(1.0, side / max(height, width))
     if scale < 1:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
-    return picture(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=80), "jpg", alt)
+    pixels = np.ascontiguousarray(pixels)
+    for quality in (80, 60, 40, 20, 10):
+        jpeg = simplejpeg.encode_jpeg(pixels, quality=quality)
+        if max_bytes is None or len(jpeg) <= max_bytes:
+            break
+    return jpeg
 
 
 class PictureBook:
@@ -183,15 +215,24 @@ class PictureBook:
         _, extension, image, _ = shard.read_raw(row)
         return picture(image, extension, alt)
 
+    def image(self, key: str) -> bytes:
+        """Returns the bytes of the picture of a key. Raises KeyError for one that no shard has."""
+        shard, row = self._places[key]
+        return shard.read_raw(row)[2]
+
     def caption(self, key: str) -> str:
         """Returns the first caption of a key."""
         shard, row = self._places[key]
         return shard.read(row).captions[0]
 
 
-def figure(svg: Markup, title: str, text: str = "") -> Markup:
-    """A drawing with its title and a sentence below."""
-    return _blocks().figure(svg, title, text)
+def figure(svg: Markup, title: str, text: str = "", widths: tuple[int, int] | None = None) -> Markup:
+    """A drawing with its title and a sentence below.
+
+    `widths`: the smallest and the largest width in pixels that it can be read at; where the page is narrower, it
+    scrolls in its own box. By default it takes the width that there is.
+    """
+    return _blocks().figure(svg, title, text, widths)
 
 
 def row(*blocks: Markup) -> Markup:
@@ -245,9 +286,24 @@ def commands(lines: Sequence[str]) -> Markup:
     return _blocks().commands(lines)
 
 
-def subtitle(text: str) -> Markup:
-    """A heading inside a section."""
-    return _blocks().subtitle(text)
+def subtitle(text: str, anchor: str = "") -> Markup:
+    """A heading inside a section, with an anchor where the menu leads to it."""
+    return _blocks().subtitle(text, anchor)
+
+
+def paragraph(text: str) -> Markup:
+    """A paragraph inside a section."""
+    return _blocks().paragraph(text)
+
+
+def picture_groups(groups: Sequence[PictureGroup]) -> Markup:
+    """Small groups of pictures beside each other."""
+    return _blocks().picture_groups(groups)
+
+
+def unfolding(title: str, *blocks: Markup) -> Markup:
+    """Blocks behind a title, shown when it is clicked, and in print."""
+    return _blocks().unfolding(title, blocks)
 
 
 def caveats(title: str, items: Sequence[str | Markup]) -> Markup:

@@ -1,7 +1,9 @@
 """Small real inputs for the tests of evaluation: a model, class folders and shards, made on the spot."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -89,3 +91,37 @@ def color_of_image(images: torch.Tensor) -> torch.Tensor:
 def color_of_text(texts: list[str]) -> torch.Tensor:
     """The text side of `color_of_image`: the colour that a text names, (B, 3)."""
     return torch.tensor([next(rgb for name, rgb in COLORS.items() if name in text) for text in texts]).float() - 110
+
+
+def write_captioned(
+    folder: Path,
+    captions: Sequence[Sequence[str]],
+    extras: Sequence[Mapping[str, Any]],
+    split: str = "test",
+    **manifest: Any,
+) -> Path:
+    """Writes shards of images of 40 × 36 pixels, one for each list of captions, with further entries of their JSON."""
+    folder.mkdir(parents=True)
+    infos = []
+    half = (len(captions) + 1) // 2
+    for part, rows in enumerate((range(half), range(half, len(captions)))):
+        with ShardWriter(folder / f"{split}-{part:05d}.tar", split=split) as writer:
+            for row in rows:
+                image = jpeg(list(COLORS.values())[row % len(COLORS)], row)
+                key, sha256 = key_of(image)
+                sample = Sample(
+                    key=key,
+                    image=image,
+                    image_ext="jpg",
+                    captions=list(captions[row]),
+                    objects={},
+                    width=40,
+                    height=36,
+                    sha256=sha256,
+                    extra=dict(extras[row]),
+                )
+                writer.add(sample)
+        infos.append(dataclasses.replace(writer.info))
+    total = sum(info.captions for info in infos)
+    Manifest(source="folder", shards=infos, pairs_listed=total, pairs_present=total, **manifest).save(folder)
+    return folder

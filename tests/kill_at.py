@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 from data_prep import duplicates, merge, run
-from data_prep.tar_reader import TarReader
 from setclip import files
 from setclip.config import command
 from setclip.shards import ShardWriter
+from setclip.tar_reader import TarReader
 
 kind, number, log = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 seen: Counter[str] = Counter()

@@ -1,14 +1,16 @@
 """Results files go round, and tables are made from them."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
 from eval_suite import results as module
-from eval_suite.results import Metric, Results, default_out, markdown_table
+from eval_suite.results import Metric, Results, default_out, markdown_table, split_protocol
 from setclip.config import command
 from setclip.errors import InputError
+from setclip.metric_text import metric_words, number_text, with_interval
 
 
 def some_results(run="a", value=31.25, name="scenes", **changes):
@@ -84,6 +86,86 @@ def test_runs_of_one_name_are_told_apart_by_their_place():
     table = markdown_table([one, two])
     assert "| runs/a/checkpoints/step-00001500 |" in table
     assert "| other/a/checkpoints/step-00001500 |" in table
+
+
+def test_evaluations_of_one_checkpoint_are_told_apart_by_their_settings():
+    one = some_results(config={"batch_size": 128, "templates": "name"})
+    two = some_results(config={"batch_size": 64, "templates": "imagenet"})
+    table = markdown_table([one, two])
+    assert "| a, step 1,500, templates name |" in table
+    assert "| a, step 1,500, templates imagenet |" in table
+    twice = markdown_table([some_results(created="2026-01-01"), some_results(created="2026-01-02")])
+    assert "| a, step 1,500, evaluated 2026-01-01 |" in twice
+
+
+def test_each_protocol_has_a_narrow_table_that_names_it():
+    top1 = some_results().metrics["top1"]
+    names = ["i2t_r1", "t2i_r1", "1k_5fold_rsum", "eccv_i2t_map_at_r", "cxc_t2i_r1", "class_match_i2t_r1"]
+    results = some_results(
+        evaluation="retrieval",
+        dataset={"name": "coco", "split": "test", "images": 5000, "captions": 25000},
+        metrics={name: dataclasses.replace(top1, chance=None if "eccv" in name else 0.1) for name in names},
+        headline=[*names, "not_there"],
+        details={"protocols": {"5k": "COCO 5K.", "1k-5fold": "", "eccv": "", "cxc": ""}},
+    )
+    blocks = [block.splitlines() for block in markdown_table([results]).rstrip().split("\n\n**")]
+    assert [block[0].strip("*").rpartition(": ")[2] for block in blocks] == [
+        "5K",
+        "1K, mean of 5 folds",
+        "ECCV Caption",
+        "CxC",
+        "class match",
+    ]
+    assert [block[2] for block in blocks] == [
+        "| model | i2t r1 % | t2i r1 % |",
+        "| model | rsum % |",
+        "| model | i2t map at r % |",
+        "| model | t2i r1 % |",
+        "| model | i2t r1 % |",
+    ]
+    # Where no metric has a chance there is no row for it.
+    assert ["chance" in block[-1] for block in blocks] == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("i2t_r1", ("", "i2t_r1")),
+        ("rsum", ("", "rsum")),
+        ("1k_5fold_i2t_r10", ("1k_5fold", "i2t_r10")),
+        ("1k_5fold_rsum", ("1k_5fold", "rsum")),
+        ("eccv_t2i_map_at_r", ("eccv", "t2i_map_at_r")),
+        ("class_match_t2i_medr", ("class_match", "t2i_medr")),
+        ("top1_tail", ("", "top1_tail")),
+        ("descriptions_top1_tail", ("descriptions", "top1_tail")),
+        ("both_mean_per_class", ("both", "mean_per_class")),
+        ("something_else", ("", "something_else")),
+    ],
+)
+def test_a_metric_is_taken_apart_into_protocol_and_measure(name, parts):
+    assert split_protocol(name) == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "words"),
+    [
+        ("i2t_r5", "%", "picture → caption, R@5, %"),
+        ("t2i_medr", "rank", "caption → picture, median rank"),
+        ("t2i_map_at_r", "%", "caption → picture, mAP@R, %"),
+        ("rsum", "sum of %", "sum of the six recalls"),
+        ("top1_tail", "%", "top-1, tail, %"),
+        ("mean_per_class", "%", "mean per class, %"),
+    ],
+)
+def test_metrics_have_names_in_words(name, unit, words):
+    assert metric_words(name, unit) == words
+
+
+def test_numbers_have_the_digits_that_their_units_deserve():
+    assert [number_text(value, "%") for value in (45.25, 0.333, 0.0, None)] == ["45.2", "0.33", "0.0", "–"]
+    assert number_text(1234.0, "rank") == "1,234"
+    assert with_interval(45.2, "%", (43.14, 47.26)) == "45.2 [43.1, 47.3]"
+    assert with_interval(7.0, "rank", None) == "7"
 
 
 def test_results_lie_in_the_run_or_else_under_runs():

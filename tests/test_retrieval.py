@@ -160,7 +160,7 @@ def test_the_result_does_not_depend_on_batch_size_and_workers(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     data, run = write_shards(tmp_path / "shards"), write_run(tmp_path / "runs", "first")
     first, second = (
-        evaluate(RetrievalConfig(data=data, checkpoint=str(run), batch_size=size, workers=workers))[0]
+        evaluate(RetrievalConfig(data=data, checkpoint=str(run), batch_size=size, workers=workers)).results
         for size, workers in ((3, 0), (12, 1))
     )
     assert first.metrics == second.metrics
@@ -171,7 +171,9 @@ def test_a_place_that_is_not_there_says_what_makes_it(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"expected scenes at .*: python -m data_prep.run scenes --out .*/scenes"):
         evaluate(RetrievalConfig(name="scenes"))
     write_shards(tmp_path / "flickr8k")
-    with pytest.raises(InputError, match="unknown dataset 'flickr8', perhaps 'flickr8k'; known: flickr8k, scenes"):
+    with pytest.raises(
+        InputError, match="unknown dataset 'flickr8', perhaps 'flickr8k'; known: coco, cub, flickr30k, flickr8k, scenes"
+    ):
         evaluate(RetrievalConfig(name="flickr8"))
     with pytest.raises(InputError, match="expected shards of split 'val', found splits"):
         evaluate(RetrievalConfig(name="flickr8k", split="val"))

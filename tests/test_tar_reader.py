@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.tar_reader import DamagedTarError, Member, TarReader, iterate_members
 from setclip.errors import InputError
+from setclip.tar_reader import DamagedTarError, Member, TarReader, iterate_members
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 NAMES = [

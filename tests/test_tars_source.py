@@ -19,8 +19,8 @@ from data_prep.plan import Dropped
 from data_prep.sources import tars, untrusted
 from data_prep.sources.places import find_gaps, split_of
 from data_prep.sources.tars import CUT_SHORT, DAMAGED, JOINED, OUTSIDE, REPEATED, TarsConfig, plan, read_tar
-from data_prep.tar_reader import DamagedTarError, iterate_members
 from setclip.errors import InputError
+from setclip.tar_reader import DamagedTarError, iterate_members
 
 
 def config(tmp_path: Path, *places: object, **settings) -> TarsConfig:

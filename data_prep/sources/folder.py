@@ -36,10 +36,10 @@ from data_prep.sources.untrusted import (
     NO_IMAGE,
     deliver,
 )
-from data_prep.tar_reader import Member, TarReader, iterate_members
 from setclip.errors import InputError
 from setclip.hashing import hash_text
 from setclip.shards import is_image_extension
+from setclip.tar_reader import Member, TarReader, iterate_members
 
 _SAMPLES_PER_UNIT = 10_000
 

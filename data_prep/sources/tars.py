@@ -40,9 +40,9 @@ from data_prep.sources.untrusted import (
     parse_text,
     printable,
 )
-from data_prep.tar_reader import DamagedTarError, Member, TarReader
 from setclip.decode import IMAGE_EXTENSIONS
 from setclip.errors import InputError
+from setclip.tar_reader import DamagedTarError, Member, TarReader
 
 CAPTION_KEYS = ("captions", "caption", "text", "TEXT")
 

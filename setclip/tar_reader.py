@@ -7,7 +7,8 @@
 Members that `tarfile` finds are found, under the same names; plain ustar headers and pax headers that hold no more than
 times (webdataset's and img2dataset's writers put one before every member) are read here, everything else is left to
 tarfile. tarfile ends silently at a damaged header; here a tar that is not whole raises DamagedTarError *after* all whole
-members. Names are as they stand in the tar, absolute ones and ".." included: the caller judges them. Used by sources.
+members. Names are as they stand in the tar, absolute ones and ".." included: the caller judges them. Used by the sources of
+data_prep and by the tars of eval_suite.
 """
 
 import io
