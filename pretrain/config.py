@@ -11,6 +11,8 @@ from pretrain.checkpoints import SaveConfig
 from pretrain.engine import EngineConfig
 from pretrain.losses import LossConfig
 from pretrain.optim import OptimConfig
+from pretrain.text_domains import TextConfig
+from pretrain.trackers import LogConfig
 from setclip.errors import InputError
 from setclip.images import AugmentConfig
 
@@ -57,6 +59,16 @@ class EvalConfig:
     retrieval: Path | None = None
     """Shards for recalls; their split test, dev or val is taken."""
 
+    def figures(self) -> list[str]:
+        """Returns the names of the figures that may come out and are the better the higher; none without evaluation."""
+        names: list[str] = []
+        if self.every_steps and self.zeroshot is not None:
+            groups = [f"top1_{group}" for group in ("head", "middle", "tail", "unseen")]
+            names += [f"zeroshot_{name}" for name in ("top1", "top5", "mean_per_class", *groups)]
+        if self.every_steps and self.retrieval is not None:
+            names += ["rsum", *(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10))]
+        return names
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
@@ -76,6 +88,7 @@ class PretrainConfig:
     """Whose object lists the loss uses: the part-of-speech parser's or the language model's."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -90,6 +103,7 @@ class PretrainConfig:
     """Decides initial weights, data order, augmentation and caption choice."""
     log_every_steps: int = 50
     """Steps between lines in the log and in metrics.jsonl, over which they average."""
+    log: LogConfig = field(default_factory=LogConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
 
@@ -97,6 +111,11 @@ class PretrainConfig:
         for name in ("global_batch_size", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.save.best is not None and self.save.best not in self.eval.figures():
+            there = ", ".join(self.eval.figures()) or "none, because --eval.every-steps or the data for it is not set"
+            raise ValueError(
+                f"--save.best must be a figure of the evaluation along the way, found {self.save.best!r}; figures: {there}"
+            )
         if self.change and not self.resume:
             raise ValueError("change is for --resume True: it lets a run go on with other settings")
         if self.resume and self.overwrite:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pretrain.data_order import DataOrder, Place
 from pretrain.stopping import leave_signals_to_the_parent
+from pretrain.text_domains import Domain, DrawnText, TextDomains
 from setclip.decode import DecodeError
 from setclip.errors import InputError
 from setclip.hashing import hash_text, hash_u64
@@ -31,6 +32,7 @@ from setclip.shards import Shard
 PAD = -1  # object ids are never negative
 
 _CAPTION, _AUGMENT = 1, 2  # keep the draws apart
+_TEXT = np.array([_CAPTION, 5, 6, 7])  # and the three of text domains, in one call: half the time of four
 _LARGEST_GROUP = 64  # samples a worker hands over at once
 
 
@@ -60,6 +62,8 @@ class Batch:
     """(B,) int64, equal where the texts are equal to the model"""
     keys: list[str]
     lanes: list[int]
+    domains: list[Domain]
+    """Per sample: where its text is from."""
     skips_before: list[int]
     """Per sample: how many its lane skipped just before it."""
     skips: list[Skip]
@@ -75,7 +79,7 @@ class Batch:
             pad_and_concatenate([p.image_objects for p in parts]),
             pad_and_concatenate([p.text_objects for p in parts]),
             torch.cat([p.text_ids for p in parts]),
-            *([x for p in parts for x in getattr(p, f)] for f in ("keys", "lanes", "skips_before", "skips")),
+            *([x for p in parts for x in getattr(p, f)] for f in ("keys", "lanes", "domains", "skips_before", "skips")),
         )
 
     def split(self, size: int) -> tuple["Batch", "Batch"]:
@@ -128,9 +132,11 @@ class SamplePipeline:
     parser: str | None
     """Whose objects; None: no sample has any"""
     seed: int
+    texts: TextDomains | None = None
+    """None: all texts are captions"""
 
-    def __call__(self, place: Place) -> tuple[Tensor, str, list[str], str]:
-        """Returns ((3, S, S) uint8, caption, its objects, key). Raises DecodeError for a picture that cannot be used."""
+    def __call__(self, place: Place) -> tuple[Tensor, DrawnText, list[str], str]:
+        """Returns ((3, S, S) uint8, text, the caption's objects, key). Raises DecodeError for what cannot be used."""
         shard = self.shards[place.shard]
         key, _, image_bytes, encoded = shard.read_raw(place.row)
         words = (self.seed, place.epoch, hash_text(key))
@@ -146,10 +152,14 @@ class SamplePipeline:
                 f"{shard.path}, sample {key}: expected objects of parser {self.parser!r}, found "
                 f"{sorted(objects) or 'none'}; parse the captions, or choose another with --objects"
             )
-        chosen = int(hash_u64(_CAPTION, *words) % np.uint64(len(captions)))
+        draws = _CAPTION if self.texts is None else _TEXT
+        of_caption, *of_text = np.ravel(hash_u64(draws, *words)).tolist()
+        chosen = of_caption % len(captions)
+        caption, names = captions[chosen], objects[self.parser][chosen] if self.parser else []
+        text = DrawnText(caption, names, "caption") if self.texts is None else self.texts.draw(caption, names, of_text)
         size = self.augment.image_size
         image = self.augment(decode_tensor(image_bytes, min_size=size), _AUGMENT, *words)
-        return image, captions[chosen], objects[self.parser][chosen] if self.parser else [], key
+        return image, text, names, key
 
 
 class _Lanes(IterableDataset):
@@ -184,13 +194,13 @@ class _Lanes(IterableDataset):
             skip_before = 0
 
     def _group(self, indices: Sequence[int], readers: dict[int, Iterator[Place]]) -> Batch:
-        images, captions, objects, keys, skips_before, skips = [], [], [], [], [], []
+        images, texts, objects, keys, skips_before, skips = [], [], [], [], [], []
         for i in indices:
             skipped = 0
             while True:
                 place = next(readers[i])
                 try:
-                    image, caption, names, key = self.pipeline(place)
+                    image, text, names, key = self.pipeline(place)
                     break
                 except DecodeError as error:
                     shard = self.pipeline.shards[place.shard]
@@ -202,21 +212,23 @@ class _Lanes(IterableDataset):
                             "check the shards"
                         ) from error
             images.append(image)
-            captions.append(caption)
+            texts.append(text)
             objects.append(names)
             keys.append(key)
             skips_before.append(skipped)
         size = self.pipeline.augment.image_size
-        tokens = self.pipeline.tokenizer(captions) if captions else self.pipeline.tokenizer([""])[:0]
+        tokens = self.pipeline.tokenizer([t.text for t in texts]) if texts else self.pipeline.tokenizer([""])[:0]
         ids = pad_objects(objects)
+        are_equal = all(text.objects is names for text, names in zip(texts, objects, strict=True))
         return Batch(
             torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
             tokens,
             ids,
-            ids,
+            ids if are_equal else pad_objects([text.objects for text in texts]),
             ids_of_texts(tokens),
             keys,
             [self.lanes[i] for i in indices],
+            [text.domain for text in texts],
             skips_before,
             skips,
         )

@@ -9,6 +9,7 @@ import torch
 from pretrain.config import PretrainConfig, local_batch_size
 from pretrain.data_order import DataOrder, automatic_block_size
 from pretrain.resume import TrainState
+from pretrain.text_domains import TextDomains, make_text_domains
 from setclip import config as configuration
 from setclip import distributed
 from setclip.checkpoint import checkpoints_of
@@ -40,6 +41,8 @@ class Plan:
     """Whose objects are read; None where the shards have none and the loss needs none"""
     object_table: ObjectTable | None
     """What object weights are made from; None where the loss uses none"""
+    texts: TextDomains | None
+    """What draws prompts and descriptions; None where all texts are captions"""
 
     @property
     def total_samples(self) -> int:
@@ -63,6 +66,13 @@ def make_plan(recipe: str, config: PretrainConfig, world: World) -> Plan:
             f"{sorted(manifest.parsers) or 'none'}; make them with `python -m {_PARSED_BY[config.objects]} {folder}`, choose "
             "others with --objects, or a loss without objects: --loss.name hard"
         )
+    if not config.text.is_caption_only and not is_parsed:
+        raise InputError(
+            f"prompts and descriptions need parsed objects: expected those of {config.objects!r} in {folder}, found "
+            f"{sorted(manifest.parsers) or 'none'}; make them with `python -m {_PARSED_BY[config.objects]} {folder}`, choose "
+            "others with --objects, or leave --text.prompt and --text.description at 0"
+        )
+    texts = make_text_domains(config.text, folder, config.objects)
     is_weighted = config.loss.weights == "frequency" and "weights" in target.uses
     object_table = read_objects(folder, config.objects) if is_weighted else None
     sizes = tuple(shard.samples for shard in shards)
@@ -90,6 +100,7 @@ def make_plan(recipe: str, config: PretrainConfig, world: World) -> Plan:
         with_bias(model_config(config.model.name), config.loss.name == "siglip"),
         config.objects if is_parsed else None,
         object_table,
+        texts,
     )
 
 
@@ -105,6 +116,7 @@ def course_of(config: PretrainConfig, plan: Plan) -> dict[str, Any]:
         "num_lanes": plan.order.num_lanes,
         "block_size": plan.order.block_size,
         "window_blocks": plan.order.window_blocks,
+        "text": None if plan.texts is None else plan.texts.course,
         "loss": tree["loss"],
         "optim": tree["optim"],
         "global_batch_size": config.global_batch_size,
@@ -136,6 +148,10 @@ def announce(
     say(
         f"engine DeepSpeed, ZeRO {config.engine.zero_stage}, {config.engine.precision}, {world.device}; run folder {plan.out}"
     )
+    for note in () if plan.texts is None else plan.texts.notes:
+        say(note)
+    for name, value in config.text.ignored().items():
+        say(f"note: --text.{name} {value} is not used with these shares of prompts and descriptions")
     for name, value in config.loss.ignored().items():
         say(f"note: --loss.{name.replace('_', '-')} {value} is not used by {config.loss.full_name}")
     if plan.parser is None:
