@@ -43,7 +43,8 @@ demo: $(VENV)/.installed ## run the whole road on the embedded corpus and write 
 	@echo "Open $(CURDIR)/demo/report.html in a browser."
 
 test: $(VENV)/.installed img2dataset ## run all tests that need only Python packages
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
 
 test-llm: vllm ## run the tests with the real vLLM, which `make test` leaves out
 	@$(BIN)/python -m pytest -m "llm and not soak" --numprocesses 2 --dist loadgroup $(PYTEST_FLAGS)

@@ -63,7 +63,7 @@ from setclip.errors import InputError
 from setclip.log import say, warn
 from setclip.objects import ObjectTable, read_objects
 
-TIES = f"Of equal scores: {TIE_RULES['first_come']} (what argmax does)."
+TIES = f"{TIE_RULES['first_come'].capitalize()} (what argmax does)."
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ WEIGHTS_NAME = "model.safetensors"
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 SETCLIP_CONFIG_NAME = "setclip_config.json"
 CHECKSUMS_NAME = "checksums.json"
+EXPORTED_WEIGHTS_NAME = "open_clip_model.safetensors"
+"""The weights' name in folders for the Hub, where model.safetensors may be transformers'."""
 CHECKPOINTS_FOLDER = "checkpoints"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
@@ -119,7 +121,7 @@ def newest_run(runs: str | Path = "runs") -> Path | None:
 def find_checkpoint(where: str | Path) -> Path:
     """Returns the checkpoint folder for a run folder (its newest) or a checkpoint folder. Raises InputError."""
     path = Path(where)
-    if (path / WEIGHTS_NAME).exists():
+    if weights_path(path).exists():
         return path
     if found := checkpoints_of(path):
         return found[-1]
@@ -133,6 +135,12 @@ def find_checkpoint(where: str | Path) -> Path:
         f"expected a run, a checkpoint folder or an open_clip model at {where}, found {have}; "
         "`python -m pretrain.run RECIPE` makes runs under runs/"
     )
+
+
+def weights_path(folder: Path) -> Path:
+    """Returns the weights file of a checkpoint folder: as exported for the Hub, else as training writes it (there or not)."""
+    exported = folder / EXPORTED_WEIGHTS_NAME
+    return exported if exported.exists() else folder / WEIGHTS_NAME
 
 
 def load_model(where: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
@@ -163,7 +171,7 @@ def load_model(where: str | Path, device: str | torch.device = "cpu") -> LoadedM
         model_cfg, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
         mean = preprocess.get("mean", MEAN)
         std = preprocess.get("std", STD)
-        weights = load_file(folder / WEIGHTS_NAME)
+        weights = load_file(weights_path(folder))
         identity = {"where": str(folder), **read_description(folder)}
     model = build_clip(model_cfg, scalar_logit_scale=True)
     load_weights(model, weights, text)
@@ -184,7 +192,7 @@ def load_initial_weights(where: str, model_name: str) -> dict[str, Tensor]:
     """Returns weights to start training from: a run or checkpoint folder, `local-dir:DIR`, a file, or open_clip's tag."""
     path = Path(where.removeprefix("local-dir:"))
     if path.is_dir():
-        return load_file(find_checkpoint(path) / WEIGHTS_NAME)
+        return load_file(weights_path(find_checkpoint(path)))
     if path.is_file():
         return dict(open_clip.factory.load_state_dict(str(path)))
     tags = open_clip.list_pretrained_tags_by_model(model_name)

@@ -28,11 +28,11 @@ from pretrain.export import ExportConfig, export, main
 from pretrain.hugging_face import check_expressible, converted
 from pretrain.model_card import CardFacts, differing_settings, model_card
 from pretrain.run import train
-from setclip.checkpoint import checkpoint_name, checkpoints_of, load_model, save_checkpoint
+from setclip.checkpoint import checkpoint_name, checkpoints_of, load_initial_weights, load_model, save_checkpoint
 from setclip.config import command, to_dict
 from setclip.errors import InputError
 from setclip.images import MEAN, STD, eval_transform, normalize
-from setclip.models.clip import build_clip, image_size_of, model_config
+from setclip.models.clip import build_clip, image_size_of, load_weights, model_config
 
 TEXTS = ["a dog and a cat", "A  BOAT's   naïve café, 12 apples!!", "a very long text " * 10]
 
@@ -575,6 +575,54 @@ def test_settings_that_differ_are_those_that_were_changed():
     changed = dataclasses.replace(config, steps=7, optim=dataclasses.replace(config.optim, lr=0.5), out=Path("x"))
     assert differing_settings("tiny", to_dict(changed)) == {"steps": (500, 7), "optim.lr": (4e-3, 0.5)}
     assert differing_settings("gone", {}) is None
+
+
+# --- in
+
+
+@pytest.mark.parametrize("format", ["open_clip", "all"])  # in the latter model.safetensors is transformers'
+def test_an_export_is_evaluated_and_trained_on_with_equal_features(tmp_path, format):
+    ours, run = save(tmp_path / "run", model_cfg(), samples_seen=8)
+    out = export(ExportConfig(where=str(tmp_path / "run"), out=tmp_path / "out", format=format))
+    colors = write_class_folders(tmp_path / "colors")
+    theirs, again = (evaluate(ZeroShotConfig(data=colors, checkpoint=str(p), workers=0)) for p in (run, out))
+    assert {k: m.value for k, m in theirs.results.metrics.items()} == {
+        k: m.value for k, m in again.results.metrics.items()
+    }
+    assert again.results.checkpoint["samples_seen"] == 8
+    for where in (str(out), f"local-dir:{out}"):
+        model = build_clip(model_cfg(), scalar_logit_scale=True).eval()
+        load_weights(model, load_initial_weights(where, "small"), where)
+        with torch.no_grad():
+            images = images_for(MODEL_CFG)
+            assert torch.equal(model.encode_image(images), ours.encode_image(images))
+            assert torch.equal(load_model(where).model.encode_image(images), ours.encode_image(images))
+
+
+def test_a_run_starts_from_an_export(trained, tmp_path):
+    out = export(ExportConfig(where=str(trained), out=tmp_path / "out", average=("2",), format="all"))
+    base = tiny()
+    config = dataclasses.replace(
+        base,
+        out=tmp_path / "run",
+        data=dataclasses.replace(base.data, shards=trained.parent / "shards", workers=0, num_lanes=8),
+        model=dataclasses.replace(base.model, name=str(trained.parent / "small.json"), pretrained=str(out)),
+        engine=dataclasses.replace(base.engine, device="cpu"),
+        optim=dataclasses.replace(base.optim, lr=1e-12),
+        global_batch_size=16,
+        steps=1,
+    )
+    trained_on = load_file(train("tiny", config) / "model.safetensors")
+    for name, tensor in load_file(out / "open_clip_model.safetensors").items():
+        torch.testing.assert_close(trained_on[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_an_export_is_exported_again(tmp_path):
+    save(tmp_path / "run", model_cfg())
+    first = export(ExportConfig(where=str(tmp_path / "run"), out=tmp_path / "first", format="all"))
+    again = export(ExportConfig(where=str(first), out=tmp_path / "again", format="all"))
+    for name in ("open_clip_model.safetensors", "model.safetensors"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
 
 
 # --- CLIP_benchmark
