@@ -44,7 +44,7 @@ from setclip.similarity.bounds import CheapForm, Plain, Rounded, accumulated, ha
 
 Stage = Literal["auto", "none", "float32", "bf16"]
 
-_TOGETHER = 8  # queries whose remaining pairs are scored in one product
+_TOGETHER = 4  # queries whose remaining pairs are scored in one product
 _AT_ONCE = 64  # sets of the gallery in such a product
 _MANY = 4  # candidates for each of the k, from which on a better threshold pays
 _WORTH_IT = 0.3

@@ -98,7 +98,9 @@ class GridSimilarity(SetSimilarity):
     ) -> Tensor:
         """Returns the same without gradient, of inner products times `grid_scale`, and may overwrite them.
 
-        `bound`: no inner product is larger in size.
+        `bound`: no inner product is larger in size. To give equal scores for equal inner products wherever they stand in
+        the grid, sums go through `sum_over`, and of PyTorch's functions `exp2` and `sigmoid` are not used: they differ
+        in the last bit where a vector of the processor is not full.
         """
         return self.reduce(grid, image_mask, text_mask)
 
@@ -138,11 +140,19 @@ def across(image_mask: Tensor | None, text_mask: Tensor | None) -> tuple[Tensor 
     return images, None if text_mask is None else text_mask.T[None, None]
 
 
+def sum_over(values: Tensor, dim: int) -> Tensor:
+    """Returns the sum along `dim`, slice by slice: faster than `sum` for few slices, and always in the same order."""
+    first, *rest = values.unbind(dim)
+    for part in rest:
+        first = first + part
+    return first
+
+
 def mean_over(values: Tensor, dim: int, mask: Tensor | None) -> Tensor:
     """Returns the mean along `dim` of what the mask, in a shape that goes with `values`, leaves."""
     if mask is None:
-        return values.mean(dim)
-    return values.masked_fill(~mask, 0.0).sum(dim) / mask.sum(dim)
+        return sum_over(values, dim) / values.shape[dim]
+    return sum_over(values.masked_fill(~mask, 0.0), dim) / mask.sum(dim)
 
 
 def work_dtype(*sides: Tensor) -> torch.dtype:

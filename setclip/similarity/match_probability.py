@@ -9,7 +9,7 @@ Used through the dict of `setclip.similarity`.
 import torch
 from torch import Tensor, nn
 
-from setclip.similarity.base import UNIT_ROUNDOFF, GridSimilarity, across
+from setclip.similarity.base import UNIT_ROUNDOFF, GridSimilarity, across, sum_over
 
 _INSIDE_ROOT = 1e-6
 """Added to squared distances, as PCME does: the gradient of a root at 0 is infinite."""
@@ -30,6 +30,11 @@ class CosineMatchProbability(_MatchProbability):
 
     def reduce(self, grid: Tensor, image_mask: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         return _mean(torch.sigmoid(self.a * grid + self.b), image_mask, text_mask)
+
+    def reduce_in_place(
+        self, grid: Tensor, bound: float, image_mask: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
+        return _mean(_logistic_in_place(grid.mul_(-self.a).sub_(self.b)), image_mask, text_mask)
 
     def steepness(self) -> float:
         return abs(self.a.item()) / 4
@@ -61,13 +66,22 @@ class EuclideanMatchProbability(_MatchProbability):
         distance = (grid.clamp_min(0.0) + _INSIDE_ROOT).sqrt()
         return _mean(torch.sigmoid(2 * (self.b - self.a * distance)), image_mask, text_mask)
 
+    def reduce_in_place(
+        self, grid: Tensor, bound: float, image_mask: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
+        distance = grid.clamp_min_(0.0).add_(_INSIDE_ROOT).sqrt_()
+        return _mean(_logistic_in_place(distance.mul_(2 * self.a).sub_(2 * self.b)), image_mask, text_mask)
+
+
+def _logistic_in_place(values: Tensor) -> Tensor:
+    """Returns the logistic of −values, which it overwrites; see `GridSimilarity.reduce_in_place` for why not `sigmoid`."""
+    return values.exp_().add_(1.0).reciprocal_()  # e^x may be infinite, and its reciprocal is then 0, as it should be
+
 
 def _mean(probabilities: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Tensor:
-    if image_mask is None and text_mask is None:
-        return probabilities.mean((1, 2))
     for mask in across(image_mask, text_mask):
         if mask is not None:
             probabilities = probabilities.masked_fill(~mask, 0.0)
     sizes_i = probabilities.shape[1] if image_mask is None else image_mask.sum(1)[:, None]
     sizes_t = probabilities.shape[2] if text_mask is None else text_mask.sum(1)
-    return probabilities.sum((1, 2)) / (sizes_i * sizes_t)
+    return sum_over(sum_over(probabilities, 1), 1) / (sizes_i * sizes_t)
