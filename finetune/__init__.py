@@ -1,0 +1,1 @@
+"""Fine-tuning for retrieval: losses over scores of sets (`losses`)."""
