@@ -2,6 +2,7 @@
 
     python -m eval_suite.diagnostics scenes                                  # under $SETCLIP_DATA, newest run
     python -m eval_suite.diagnostics --data SHARDS --split dev --checkpoint RUN --words dog "traffic light"
+    python -m eval_suite.diagnostics --data SHARDS --embeddings DIR          # of eval_suite.embed, also sets
 
 Writes a results file and beside it a page, FILE.html. `diagnose` does the same over encode functions; the figures
 themselves are functions of modules of their own (`modality_gap`, `word_dimensions`, `set_diagnostics`, `overlays`).
@@ -19,15 +20,17 @@ import tyro
 from torch import Tensor
 
 from eval_suite.diagnostics_page import write_diagnostics_page
+from eval_suite.embed_files import Embeddings
+from eval_suite.embedded import embedded_features
 from eval_suite.encode import EncodeImage, EncodeText, encode_functions, encode_images, encode_texts
+from eval_suite.feature_similarity import FeatureSimilarity, similarity_options_of
 from eval_suite.images import ShardImages, image_batches
 from eval_suite.modality_gap import ModalityGap, central_vectors, modality_gap
 from eval_suite.model import model_to_evaluate
 from eval_suite.preprocess import model_pictures
 from eval_suite.results import Metric, Results, default_out, markdown_table
-from eval_suite.retrieval import similarity_of
 from eval_suite.retrieval_data import open_retrieval, retrieval_place
-from eval_suite.scores import MakeScore, dot_scores
+from eval_suite.scores import MakeScore
 from eval_suite.set_diagnostics import CircularVariance, circular_variance, element_contribution
 from eval_suite.word_dimensions import (
     THRESHOLD,
@@ -62,7 +65,7 @@ def diagnose(
     images: Iterable[Tensor],
     captions: Sequence[Sequence[str]],
     words: Sequence[str] = (),
-    make_score: MakeScore = dot_scores,
+    make_score: MakeScore | None = None,
     top: int | None = None,
     threshold: float = THRESHOLD,
     show_progress: bool = True,
@@ -71,22 +74,43 @@ def diagnose(
 
     `images`: batches as `encode_image` takes them, in the order of `captions`. `words`: whose dimensions are wanted; the
     pairs of a word are each caption that has it with its image, of sets by their central vectors. `top`: dimensions
-    marked a pair; None: a tenth of D, at most 100. `make_score`: of sets, for the contribution of elements. Raises
-    InputError on a word that no caption has.
+    marked a pair; None: a tenth of D, at most 100. `make_score`: of sets, for the contribution of elements; None:
+    smooth_chamfer. Raises InputError on a word that no caption has.
     """
+    check_words(words, captions)
     texts = [text for of_image in captions for text in of_image]
-    image_of_text = torch.tensor(
-        [image for image, of_image in enumerate(captions) for _ in of_image], dtype=torch.int64
-    )
-    rows_of_word = {word: pairs_of_word(word, texts) for word in words}
-    without = [word for word, rows in rows_of_word.items() if not rows]
+    text_features = encode_texts(encode_text, texts, show_progress=show_progress)
+    image_features = encode_images(encode_image, images, len(captions), show_progress)
+    return diagnose_features(image_features, text_features, captions, words, make_score, top, threshold)
+
+
+def check_words(words: Sequence[str], captions: Sequence[Sequence[str]]) -> None:
+    """Raises InputError on a word that no caption has."""
+    texts = [text for of_image in captions for text in of_image]
+    without = [word for word in words if not pairs_of_word(word, texts)]
     if without:
         raise InputError(
             f"expected words that captions have, found none of {len(texts):,} captions with {', '.join(map(repr, without))}; "
             "words match as a whole, in any case: give them as the captions write them"
         )
-    text_features = encode_texts(encode_text, texts, show_progress=show_progress)
-    image_features = encode_images(encode_image, images, len(captions), show_progress)
+
+
+def diagnose_features(
+    image_features: Tensor,
+    text_features: Tensor,
+    captions: Sequence[Sequence[str]],
+    words: Sequence[str] = (),
+    make_score: MakeScore | None = None,
+    top: int | None = None,
+    threshold: float = THRESHOLD,
+) -> Diagnostics:
+    """Returns the same of features, (N, …, D) and (N', …, D), in the order of `captions`; arguments as of `diagnose`."""
+    check_words(words, captions)
+    texts = [text for of_image in captions for text in of_image]
+    image_of_text = torch.tensor(
+        [image for image, of_image in enumerate(captions) for _ in of_image], dtype=torch.int64
+    )
+    rows_of_word = {word: pairs_of_word(word, texts) for word in words}
     image_vectors, text_vectors = central_vectors(image_features), central_vectors(text_features)
     width = image_vectors.shape[1]
     top = top or max(1, min(MOST_TOP, width // 10))
@@ -97,6 +121,7 @@ def diagnose(
     sets = {what: f for what, f in (("image", image_features), ("text", text_features)) if f.ndim == 3}
     contribution = {}
     if len(sets) == 2:
+        make_score = make_score or FeatureSimilarity()
         contribution = element_contribution(image_features, text_features, image_of_text, make_score)
     return Diagnostics(
         gap=modality_gap(image_vectors, text_vectors, image_of_text),
@@ -187,6 +212,8 @@ class DiagnosticsConfig:
     """Default: test, dev or val, whichever is there first."""
     checkpoint: str | None = None
     """A run, a run's name, a checkpoint folder, or an open_clip NAME:TAG. Default: the newest run under runs/."""
+    embeddings: Path | None = None
+    """Take these, written by eval_suite.embed, instead of a model's: single vectors or sets."""
     out: Path | None = None
     """Results file; the page lies beside it. Default: results/ of the run."""
     words: tuple[str, ...] = ()
@@ -200,13 +227,22 @@ class DiagnosticsConfig:
     threshold: float = THRESHOLD
     """Level above which a dimension is said to carry a word."""
     similarity: str | None = None
-    """Of sets. Default: what the checkpoint names."""
+    """Of sets. Default: what the checkpoint names, else smooth_chamfer."""
+    similarity_options: tuple[str, ...] = ()
+    """Its options, as alpha=16."""
     batch_size: int = 128
     """Images a batch."""
     workers: int | None = None
     """Processes that decode images; 0: none beside this one. Default: by the number of cores."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None and self.embeddings is not None:
+            raise ValueError(
+                f"expected --checkpoint or --embeddings, found both ({self.checkpoint}; {self.embeddings}); embeddings "
+                "know which model made them"
+            )
 
 
 def evaluate(config: DiagnosticsConfig) -> tuple[Results, Diagnostics]:
@@ -216,12 +252,23 @@ def evaluate(config: DiagnosticsConfig) -> tuple[Results, Diagnostics]:
     words = config.words or _words_of(shards, config.parser, config.num_words)
     if not words:
         warn(f"no captions parsed by {config.parser!r} at {place}, so no words are chosen: name some with --words")
-    loaded = model_to_evaluate(config.checkpoint, config.device)
-    start = time.monotonic()
-    batches = image_batches(ShardImages(shards, model_pictures(loaded)), config.batch_size, config.workers)
-    similarity, make_score = similarity_of(config.similarity, loaded.identity)
-    encoders = encode_functions(loaded)
-    found = diagnose(*encoders, batches, data.captions, words, make_score, config.top, config.threshold)
+    options = similarity_options_of(config.similarity_options)
+    if config.embeddings is not None:
+        check_words(words, data.captions)
+        embeddings = Embeddings.open(config.embeddings)
+        identity = embeddings.description["model"]
+        similarity = FeatureSimilarity(config.similarity, options, identity)
+        start = time.monotonic()
+        features = embedded_features(embeddings, data.keys, data.captions)
+        found = diagnose_features(*features, data.captions, words, similarity, config.top, config.threshold)
+    else:
+        loaded = model_to_evaluate(config.checkpoint, config.device)
+        identity = loaded.identity
+        similarity = FeatureSimilarity(config.similarity, options, identity)
+        start = time.monotonic()
+        batches = image_batches(ShardImages(shards, model_pictures(loaded)), config.batch_size, config.workers)
+        encoders = encode_functions(loaded)
+        found = diagnose(*encoders, batches, data.captions, words, similarity, config.top, config.threshold)
     metrics = metrics_of(found)
     results = Results(
         evaluation="diagnostics",
@@ -234,10 +281,10 @@ def evaluate(config: DiagnosticsConfig) -> tuple[Results, Diagnostics]:
         },
         metrics=metrics,
         headline=list(metrics),
-        checkpoint=loaded.identity,
+        checkpoint=dict(identity),
         config=to_dict(config),
         is_partial=is_partial,
-        details={"similarity": similarity, **details_of(found)},
+        details={**similarity.described, **details_of(found)},
         seconds=round(time.monotonic() - start, 3),
     )
     return results, found

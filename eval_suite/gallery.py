@@ -5,13 +5,15 @@ retrieval beside its results (FILE.gallery.json), read by eval_suite.report and 
 """
 
 import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eval_suite.judgements import Direction
 from eval_suite.ranks import Ranks
+from eval_suite.relevance import RightAnswers
 from eval_suite.scores import Score, top_matches
 from setclip.decode import DecodeError
 from setclip.report import small_jpeg
@@ -24,52 +26,64 @@ MAX_PICTURE_BYTES = 12_000
 
 def gallery(
     score: Score,
-    i2t: Ranks,
-    t2i: Ranks,
+    i2t: Ranks | Tensor,
+    t2i: Ranks | Tensor,
     image_of_text: Tensor,
     keys: Sequence[str],
     captions: Sequence[Sequence[str]],
     num_queries: int = 12,
     k: int = 5,
     read_image: Callable[[str], bytes] | None = None,
+    right: Mapping[Direction, RightAnswers] | None = None,
 ) -> dict[str, Any]:
     """Returns, for each direction, queries spread evenly over the data ("chosen") and those ranked worst ("worst").
 
     Each query has its image key or caption, its 1-based rank (ties against us) and its `k` best answers with key,
-    caption, score and whether they are right. With `read_image` (key to the bytes of an image file) the small
-    pictures that they name come along as "pictures": no more than 2 · `num_queries` · (`k` + 2), 2.7 MB for 12 and 5
-    at most, and 1 MB as a rule.
+    caption, score and whether they are right: an image's own captions are, or what `right` says, whose queries alone
+    are then shown. `i2t` and `t2i`: ranks of the best right answer, of tensors 0-based. With `read_image` (key to the bytes
+    of an image file) the small pictures that they name come along as "pictures": no more than 2 · `num_queries` ·
+    (`k` + 2), 2.7 MB for 12 and 5 at most, and 1 MB as a rule.
     """
     texts = [text for of_image in captions for text in of_image]
     owners = image_of_text.tolist()
     found: dict[str, Any] = {}
-    for direction, ranks in (("i2t", i2t), ("t2i", t2i)):
-        rank = ranks.by("pessimistic")
+    both: list[tuple[Direction, Ranks | Tensor]] = [("i2t", i2t), ("t2i", t2i)]
+    for direction, ranks in both:
+        rank = ranks if isinstance(ranks, Tensor) else ranks.by("pessimistic")
+        of_right = None if right is None else right[direction]
+        asked_rows = list(range(len(rank))) if of_right is None else of_right.queries.tolist()
         spread = torch.linspace(0, len(rank) - 1, min(num_queries, len(rank))).round().long().unique().tolist()
         order = torch.sort(rank, descending=True, stable=True).indices[:num_queries].tolist()
-        worst = [query for query in order if rank[query] > 0]
+        worst = [place for place in order if rank[place] > 0]
 
-        def entry(query: int, direction: str = direction, rank: Tensor = rank) -> dict[str, Any]:
+        def entry(
+            place: int,
+            direction: Direction = direction,
+            rank: Tensor = rank,
+            of_right: RightAnswers | None = of_right,
+            asked_rows: list[int] = asked_rows,
+        ) -> dict[str, Any]:
+            query = asked_rows[place]
             if direction == "i2t":
                 asked: dict[str, Any] = {"key": keys[query], "captions": list(captions[query])}
-                answers = [
-                    {
-                        "caption": texts[text],
-                        "key": keys[owners[text]],
-                        "score": value,
-                        "is_right": owners[text] == query,
-                    }
-                    for text, value in top_matches(score, query, len(texts), k, "row")
-                ]
+                hits = top_matches(score, query, len(texts), k, "row")
+                named = [{"caption": texts[text], "key": keys[owners[text]]} for text, _ in hits]
+                own = [owners[text] == query for text, _ in hits]
             else:
                 asked = {"caption": texts[query], "key": keys[owners[query]]}
-                answers = [
-                    {"key": keys[image], "score": value, "is_right": owners[query] == image}
-                    for image, value in top_matches(score, query, len(keys), k, "column")
-                ]
-            return {"query": asked, "rank": int(rank[query]) + 1, "answers": answers}
+                hits = top_matches(score, query, len(keys), k, "column")
+                named = [{"key": keys[image]} for image, _ in hits]
+                own = [owners[query] == image for image, _ in hits]
+            if of_right is not None:
+                (row,) = of_right.is_right(slice(place, place + 1))
+                own = [bool(row[answer]) for answer, _ in hits]
+            answers = [
+                {**name, "score": value, "is_right": is_right}
+                for name, (_, value), is_right in zip(named, hits, own, strict=True)
+            ]
+            return {"query": asked, "rank": int(rank[place]) + 1, "answers": answers}
 
-        found[direction] = {"chosen": [entry(q) for q in spread], "worst": [entry(q) for q in worst]}
+        found[direction] = {"chosen": [entry(place) for place in spread], "worst": [entry(place) for place in worst]}
     if read_image is not None:
         found["pictures"] = small_pictures(shown_keys(found), read_image)
     return found

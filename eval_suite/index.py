@@ -9,7 +9,6 @@ Single vectors go to FAISS (exact, or approximate with its recall measured), set
 are encoded by the model that made the index; any other is refused. A killed build started again goes on.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from eval_suite.embed import EmbedSettings, embed
 from eval_suite.embed_files import Embeddings
 from eval_suite.embed_source import Source, open_source
 from eval_suite.encode import EncodeImage, EncodeText, encode_functions, encode_images, encode_texts
+from eval_suite.feature_similarity import similarity_options_of
 from eval_suite.fingerprint import model_identity, model_words
 from eval_suite.images import FolderImages, image_batches
 from eval_suite.index_files import INDEX_NAME, SearchIndex, VectorSearch, write_index
@@ -125,22 +125,6 @@ def _recall_features(
         drawn = sorted(permutation(len(source), 0)[:most].tolist())
         texts = [captions[0] for captions in map(source.captions, drawn) if captions]
     return encode_texts(encode_text, list(texts), show_progress=show_progress) if texts else None
-
-
-def similarity_options_of(entries: Sequence[str]) -> dict[str, Any]:
-    """Returns {"alpha": 16.0} of ("alpha=16.0",); values are JSON, else text. Raises InputError on one without "="."""
-    options: dict[str, Any] = {}
-    for entry in entries:
-        name, equals, value = entry.partition("=")
-        if not (name and equals):
-            raise InputError(
-                f"expected an option of the similarity as NAME=VALUE, found {entry!r}; write alpha=16, for example"
-            )
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
 
 
 def run_build(config: BuildConfig) -> SearchIndex:

@@ -23,11 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval_suite.embed_files import Embeddings
+from eval_suite.feature_similarity import OF_SETS, FeatureSimilarity, mask_of
+from eval_suite.results import LIBRARIES
 from eval_suite.two_stage import exact_top_k
 from setclip.errors import InputError
 from setclip.files import remove_partial, replacing, write_json
 from setclip.hashing import permutation
 from setclip.lookup import look_up
+from setclip.provenance import describe
 from setclip.similarity import make_similarity
 
 INDEX_NAME = "index.json"
@@ -151,8 +154,9 @@ class SearchIndex:
         k = min(k, len(self))
         if self._sets is not None:
             similarity = make_similarity(self.description["similarity"], **self.description["similarity_options"])
+            masks = mask_of(queries), mask_of(self._sets)
             # The gallery is pictures; a query by picture takes the place of a text, as similarities have one of each.
-            found = exact_top_k(similarity, queries.float(), self._sets, k, queries="texts")
+            found = exact_top_k(similarity, queries.float(), self._sets, k, *masks, queries="texts")
             scores, rows = (values.cpu().numpy() for values in found)
         else:
             scores, rows = self._faiss.search(np.ascontiguousarray(queries.numpy(), np.float32), k)
@@ -217,9 +221,9 @@ def write_index(
             "two-stage search of sets is exact"
         )
     else:
-        similarity = similarity or embeddings.description["model"].get("similarity") or "smooth_chamfer"
-        make_similarity(similarity, **(similarity_options or {}))  # a wrong name is said before the file is written
-        described = {"kind": "sets", "similarity": similarity, "similarity_options": dict(similarity_options or {})}
+        # a wrong name is said before the file is written
+        chosen = FeatureSimilarity(similarity, similarity_options, embeddings.description["model"])
+        described = {"kind": "sets", **chosen.described, "similarity": chosen.name or OF_SETS}
         vectors_path = out / SETS_NAME
         with replacing(vectors_path) as temporary:
             np.save(temporary, vectors)
@@ -233,6 +237,7 @@ def write_index(
             **described,
             "model": content["model"],
             "source": content["source"],
+            "provenance": describe(LIBRARIES),
             "pictures": len(vectors),
             "shape": list(vectors.shape[1:]),
             "dtype": content["settings"]["dtype"],

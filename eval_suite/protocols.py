@@ -113,6 +113,8 @@ class ProtocolOutcome:
     queries: dict[Direction, Queries]
     ranks: tuple[Ranks, Ranks] | None = None
     """Image→text and text→image, of protocols in which an image's own captions are right."""
+    right: Mapping[Direction, RightAnswers] | None = None
+    """What is right for each query, of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +391,7 @@ def judged_pairs(
         known |= dict(zip(("r_precision", "map_at_r"), lists_chance, strict=True))
         chances |= {f"{direction}_{measure}": known[measure] for measure in measures}
     metrics = protocol_metrics(prefix, measures, queries, sentences, chances, setting)
-    return ProtocolOutcome(metrics=metrics, queries=queries)
+    return ProtocolOutcome(metrics=metrics, queries=queries, right=right)
 
 
 def _coco_ids(data: RetrievalData, protocol: str) -> dict[Direction, tuple[list[int], list[int]]]:

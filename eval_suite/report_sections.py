@@ -241,10 +241,16 @@ def retrieved(group: Group, pictures: Mapping[str, Pictures], number: int) -> li
     note = found.note()
     intro = (
         f"Ranked by {shown.name}. The queries are spread evenly over the data, not picked; the worst failures are those "
-        "whose right answer stands lowest. Right answers are marked. Another answer may fit as well and still counts as "
-        "wrong."
+        f"whose right answer stands lowest. Right answers are marked{_what_is_right(shown)}. Another answer may fit as well "
+        "and still counts as wrong."
     )
     return [report.paragraph(f"{intro} {note}".strip()), *blocks]
+
+
+def _what_is_right(shown: Entry) -> str:
+    """Returns, in brackets, what the protocol takes for right; galleries of earlier versions do not say."""
+    what = (shown.gallery or {}).get("right")
+    return f" ({str(what).rstrip('.')})" if what else ""
 
 
 def _chosen(

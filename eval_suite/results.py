@@ -25,6 +25,9 @@ from setclip.provenance import describe
 
 FORMAT_VERSION = 1
 
+LIBRARIES = ("numpy", "pillow", "scikit-learn", "faiss-cpu", "eccv-caption")
+"""Whose versions stand in results, beside those of all our files."""
+
 PROTOCOL_WORDS: dict[str, str] = {
     "5k": "5K",
     "1k_5fold": "1K, mean of 5 folds",
@@ -80,7 +83,7 @@ class Results:
     details: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     """Wall time of encoding and scoring."""
-    provenance: dict[str, Any] = field(default_factory=describe)
+    provenance: dict[str, Any] = field(default_factory=lambda: describe(LIBRARIES))
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format_version: int = FORMAT_VERSION
 

@@ -3,6 +3,7 @@
     python -m eval_suite.retrieval scenes                                    # under $SETCLIP_DATA, newest run
     python -m eval_suite.retrieval coco --checkpoint RUN                     # 5K, 1K in folds, ECCV Caption, CxC
     python -m eval_suite.retrieval --data SHARDS --split dev --checkpoint RUN --out FILE
+    python -m eval_suite.retrieval flickr30k --embeddings DIR --similarity smooth_chamfer   # of eval_suite.embed, also sets
     torchrun --nproc_per_node 8 -m eval_suite.retrieval coco                 # all ranks share; srun does the same
 
 R@1/5/10 both ways, median rank and RSUM, beside chance, with 95 % intervals and under each rule for equal scores; which
@@ -22,7 +23,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from eval_suite.embed_files import Embeddings
+from eval_suite.embedded import embedded_features
 from eval_suite.encode import EncodeImage, EncodeText, encode_functions, encode_images, encode_texts
+from eval_suite.feature_similarity import FeatureSimilarity, scores_of, similarity_options_of
 from eval_suite.gallery import gallery
 from eval_suite.images import ShardImages, image_batches
 from eval_suite.judgements import Direction
@@ -31,10 +35,10 @@ from eval_suite.per_query import per_query_path, save_per_query
 from eval_suite.preprocess import model_pictures
 from eval_suite.protocols import HEADLINE_RULE, PROTOCOLS, Protocol, ProtocolOutcome, Queries, Setting, whole_gallery
 from eval_suite.ranks import Ranks
+from eval_suite.relevance import RightAnswers
 from eval_suite.results import Metric, Results, default_out, markdown_table
 from eval_suite.retrieval_data import RetrievalData, open_retrieval, read_captions, retrieval_place
 from eval_suite.scores import FEW_SCORES, MakeScore, Score, dot_scores, remembered
-from eval_suite.set_scores import set_scores
 from eval_suite.sharing import ALONE, join, together
 from setclip import distributed
 from setclip.config import command, parse, to_dict
@@ -44,9 +48,9 @@ from setclip.files import write_json
 from setclip.log import say, warn
 from setclip.lookup import look_up
 from setclip.shards import Shard
-from setclip.similarity import SetSimilarity, make_similarity
+from setclip.similarity import VectorSimilarity
 
-__all__ = ["RetrievalConfig", "RetrievalOutcome", "evaluate", "read_captions", "retrieval"]
+__all__ = ["RetrievalConfig", "RetrievalOutcome", "evaluate", "read_captions", "retrieval", "scores_of"]
 
 KEPT_SCORES = 2**27
 """Scores that a command keeps (512 MB), so that protocols do not compute them anew: enough for COCO's 5,000 × 25,000."""
@@ -128,6 +132,8 @@ class RetrievalConfig:
     """Default: test, dev or val, whichever is there first."""
     checkpoint: str | None = None
     """A run, a run's name, a checkpoint folder, or an open_clip NAME:TAG. Default: the newest run under runs/."""
+    embeddings: Path | None = None
+    """Take these, written by eval_suite.embed, instead of a model's: single vectors or sets."""
     out: Path | None = None
     """Results file. Default: results/ of the run."""
     protocols: tuple[str, ...] = ()
@@ -136,7 +142,9 @@ class RetrievalConfig:
     """What is right on CUB: all of the query's class (the default there), or an image's own captions."""
     similarity: str | None = None
     """Similarity of the features: cosine, smooth_chamfer, … (setclip.similarity). Default: what the checkpoint names,
-    else cosine, of single vectors."""
+    else cosine of single vectors and smooth_chamfer of sets."""
+    similarity_options: tuple[str, ...] = ()
+    """Its options, as alpha=16; a=… and b=… of match_prob. Default: the checkpoint's."""
     allow_partial: bool = False
     """Evaluate even if samples of the data set or protocol are missing; the result is marked partial."""
     gallery_queries: int = 12
@@ -157,6 +165,11 @@ class RetrievalConfig:
     def __post_init__(self) -> None:
         if self.resamples < 1:
             raise ValueError(f"resamples must be at least 1, found {self.resamples}")
+        if self.checkpoint is not None and self.embeddings is not None:
+            raise ValueError(
+                f"expected --checkpoint or --embeddings, found both ({self.checkpoint}; {self.embeddings}); embeddings "
+                "know which model made them"
+            )
         if self.match and self.protocols:
             raise ValueError(
                 f"expected --match or --protocols, found both ({self.match}; {', '.join(self.protocols)}); class matching is "
@@ -187,13 +200,26 @@ def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
         split, shards, data, usual, is_partial = open_retrieval(config.name, place, config.split, config.allow_partial)
         protocols = _protocols(config, usual)
         is_partial |= _check_protocols(protocols, data, config.allow_partial)
-        loaded = model_to_evaluate(config.checkpoint, str(world.device) if world.size > 1 else config.device)
-        similarity, make_score = similarity_of(config.similarity, loaded.identity)
+        options = similarity_options_of(config.similarity_options)
+        loaded = embeddings = None
+        if config.embeddings is None:
+            loaded = model_to_evaluate(config.checkpoint, str(world.device) if world.size > 1 else config.device)
+            identity = loaded.identity
+        else:
+            embeddings = Embeddings.open(config.embeddings)
+            identity = embeddings.description["model"]
+        similarity = FeatureSimilarity(config.similarity, options, identity)
     start = time.monotonic()
-    images = ShardImages(shards, model_pictures(loaded))
-    batches = image_batches(images, config.batch_size, config.workers)
-    score = score_of(*encode_functions(loaded), batches, data.captions, make_score, world=world)
-    is_asked_anew = similarity == "cosine" and len(protocols) > 1  # those of sets keep their scores themselves
+    if embeddings is not None:
+        with together(world):
+            score = similarity(*embedded_features(embeddings, data.keys, data.captions))
+    else:
+        assert loaded is not None
+        images = ShardImages(shards, model_pictures(loaded))
+        batches = image_batches(images, config.batch_size, config.workers)
+        score = score_of(*encode_functions(loaded), batches, data.captions, similarity, world=world)
+    # other similarities keep their scores themselves
+    is_asked_anew = isinstance(similarity.similarity, VectorSimilarity) and len(protocols) > 1
     score = remembered(score, KEPT_SCORES // world.size if is_asked_anew else FEW_SCORES)
     setting = Setting(resamples=config.resamples, seed=config.seed, world=world)
     found: dict[str, ProtocolOutcome] = {}
@@ -214,12 +240,12 @@ def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
         },
         metrics={name: metric for outcome in found.values() for name, metric in outcome.metrics.items()},
         headline=names,
-        checkpoint=loaded.identity,
+        checkpoint=dict(identity),
         config=to_dict(config),
         is_partial=is_partial,
         details={
             "protocols": {each: protocol.sentence for each, protocol in protocols.items()},
-            "similarity": similarity,
+            **similarity.described,
             "captions_left_out": data.left_out,
             "ranks": world.size,
         },
@@ -227,23 +253,21 @@ def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
     )
     pictures = None
     if config.gallery_queries > 0:
-        ranks = next((outcome.ranks for outcome in found.values() if outcome.ranks), None)
-        if ranks is None:  # answers are marked by image, whatever else the protocol takes for right
-            ranks = whole_gallery(score, data.image_of_text, len(data.keys), setting).ranks
-        assert ranks is not None
+        marked = _marked(found, score, data, setting)
         if world.rank == 0:
-            i2t, t2i = ranks
+            ranks, right, what = marked
             chosen = gallery(
                 score,
-                i2t,
-                t2i,
+                ranks["i2t"],
+                ranks["t2i"],
                 data.image_of_text,
                 data.keys,
                 data.captions,
                 config.gallery_queries,
                 read_image=_image_reader(shards, data.keys),
+                right=right,
             )
-            pictures = {"data": str(place), "split": split, "checkpoint": loaded.identity, **chosen}
+            pictures = {"data": str(place), "split": split, "checkpoint": dict(identity), "right": what, **chosen}
     about = {
         "captions_sha256": data.captions_sha256,
         "protocols": results.details["protocols"],
@@ -253,28 +277,20 @@ def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
     return Evaluated(results, pictures, data.keys, {each: of.queries for each, of in found.items()}, about)
 
 
-def similarity_of(name: str | None, identity: Mapping[str, Any]) -> tuple[str, MakeScore]:
-    """Returns (name, MakeScore) of the similarity asked for, or else of what the checkpoint names, or else cosine.
+def _marked(
+    found: Mapping[str, ProtocolOutcome], score: Score, data: RetrievalData, setting: Setting
+) -> tuple[dict[Direction, Tensor], Mapping[Direction, RightAnswers] | None, str]:
+    """Returns the ranks of the gallery's queries, what is right for them, and that in words: as the first protocol says.
 
-    A checkpoint's `similarity` is a name, or a mapping with `name` and options. Raises InputError on an unknown name.
+    Of one on folds, whose ranks are no ranks among all, an image's own captions in the whole gallery are taken.
     """
-    named = identity.get("similarity", "cosine") if name is None else name
-    options = dict(named) if isinstance(named, Mapping) else {"name": named}
-    return options["name"], scores_of(make_similarity(**options))
-
-
-def scores_of(similarity: SetSimilarity) -> MakeScore:
-    """Returns a MakeScore of a similarity of sets, for features (N, K, D), or (N, D) as sets of one element.
-
-    Zero vectors are elements that are not there, as `encode_images` and `encode_texts` fill sets up with.
-    """
-
-    def make_score(image_features: Tensor, text_features: Tensor) -> Score:
-        sides = [each.unsqueeze(1) if each.ndim == 2 else each for each in (image_features, text_features)]
-        image_mask, text_mask = (None if bool(side.any(-1).all()) else side.any(-1) for side in sides)
-        return set_scores(similarity, sides[0], sides[1], image_mask, text_mask)
-
-    return make_score
+    name, first = next(iter(found.items()))
+    if first.right is not None:
+        ranks = {direction: of.rank[HEADLINE_RULE] for direction, of in first.queries.items()}
+        return ranks, first.right, PROTOCOLS[name].sentence
+    own = first if first.ranks is not None else whole_gallery(score, data.image_of_text, len(data.keys), setting)
+    ranks = {direction: of.rank[HEADLINE_RULE] for direction, of in own.queries.items()}
+    return ranks, None, PROTOCOLS["full"].sentence
 
 
 def _protocols(config: RetrievalConfig, usual: Sequence[str]) -> dict[str, Protocol]:

@@ -12,10 +12,10 @@ What stage 1 is depends on the processor, and `Found` says what it was:
 
 - "bf16" where the processor has matrix units for it (AMX, AVX-512 BF16, CUDA);
 - "float32" for similarities of one vector a set elsewhere;
-- "subspace" for the others elsewhere, as long as it leaves few pairs: embeddings of trained models lie near a subspace,
-  random ones do not;
-- "none": everything is scored in full. Taken where the others do not pay, and for similarities without a bound
+- "none": everything is scored in full. Taken for the others elsewhere, and for similarities without a bound
   (`match_prob_l2`, maxpair's plain sum).
+
+Without such units nothing cheaper than a float32 product pays for sets: docs/results.md has what was tried on AVX2.
 
 Used by search over folders and by the retrieval benchmark. Letters: Q queries, N in the gallery, K elements, D width.
 """
@@ -44,7 +44,7 @@ from setclip.similarity.bounds import CheapForm, Plain, Rounded, accumulated, ha
 
 Stage = Literal["auto", "none", "float32", "bf16"]
 
-_TOGETHER = 4  # queries whose remaining pairs are scored in one product
+_TOGETHER = 8  # queries whose remaining pairs are scored in one product
 _AT_ONCE = 64  # sets of the gallery in such a product
 _MANY = 4  # candidates for each of the k, from which on a better threshold pays
 _WORTH_IT = 0.3

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ def git_commit() -> str | None:
         return None
 
 
-def describe() -> dict[str, Any]:
-    """Returns the versions that decide a result: Setclip, its commit, and the main libraries that are installed."""
+def describe(further: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the versions that decide a result: Setclip, its commit, and the main libraries that are installed.
+
+    `further`: names of other packages that had a part in it.
+    """
     versions = {}
-    for package in ("torch", "open_clip_torch", "deepspeed", "spacy"):
+    for package in ("torch", "open_clip_torch", "deepspeed", "spacy", *further):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

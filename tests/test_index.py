@@ -156,6 +156,52 @@ def test_sets_are_searched_exactly_by_the_similarity_of_the_index(tmp_path):
     assert {index.paths[row].split("/")[0] for row, _ in hits} == {"red", "blue"}
 
 
+def test_elements_that_are_not_there_are_not_searched(tmp_path):
+    """Of sets of different sizes the smaller ones are filled up with zeros, whose cosines are no answers."""
+
+    def image_sets(images):
+        sets = color_set_of_image(images)
+        sets[:, 1] *= torch.arange(len(images))[:, None] % 2
+        return sets
+
+    place = write_class_folders(tmp_path / "in", 2)
+    index = made(place, tmp_path / "index", image_sets, color_set_of_text, similarity="avg")
+    sets = torch.from_numpy(np.load(tmp_path / "index" / "sets.npy"))
+    assert sorted(set(sets.any(-1).sum(1).tolist())) == [1, 2]
+    query_set = torch.nn.functional.normalize(torch.tensor([[[0.2, 0.3, 0.9], [0.0, 0.0, 0.0]]]), dim=-1)
+    hits = dict(index.search(query_set, len(sets))[0])
+    for row, own in enumerate(sets):
+        cosines = own[own.any(-1)] @ query_set[0, 0]
+        assert hits[row] == pytest.approx(cosines.mean().item(), abs=1e-6)
+
+
+def test_an_index_of_sets_takes_the_similarity_of_the_checkpoint_with_its_numbers(tmp_path):
+    place = write_class_folders(tmp_path / "in", 2)
+    model = {**MODEL, "similarity": {"name": "match_prob", "a": 5.0, "b": -1.0}}
+    source = open_source(place)
+    index = build(
+        source,
+        tmp_path / "index",
+        color_set_of_image,
+        color_set_of_text,
+        TRANSFORM,
+        model,
+        workers=0,
+        show_progress=False,
+    )
+    assert index.description["similarity"] == "match_prob"
+    assert index.description["similarity_options"] == {"a": 5.0, "b": -1.0}
+    assert "faiss-cpu" in index.description["provenance"]["versions"]
+    (found,) = query(index, color_set_of_image, color_set_of_text, TRANSFORM, ["red and blue"], k=3)
+    assert len(found.hits) == 3
+    sets = torch.from_numpy(np.load(tmp_path / "index" / "sets.npy"))
+    text = torch.nn.functional.normalize(color_set_of_text(["red and blue"])[0], dim=-1)
+    expected = torch.sigmoid(5.0 * torch.einsum("nkd,ld->nkl", sets, text) - 1.0).mean((1, 2)).topk(3).values
+    assert [hit.score for hit in found.hits] == pytest.approx(expected.tolist(), abs=1e-6)
+    write_search_page(tmp_path / "found.html", [found], index.description, "in")
+    assert "match prob" in (tmp_path / "found.html").read_text()
+
+
 def test_sets_take_no_approximate_index_and_no_unknown_similarity(tmp_path):
     place = write_class_folders(tmp_path / "in", 1)
     with pytest.raises(InputError, match=r"expected the exact search for sets of vectors, found --search.kind hnsw"):

@@ -54,6 +54,7 @@ def test_a_file_carries_protocol_counts_interval_checkpoint_configuration_and_co
     assert content["config"] == {"batch_size": 128}
     assert content["training_pairs"] == {"present": 900, "listed": 1000}
     assert {"setclip", "commit", "versions"} <= set(content["provenance"])
+    assert {"torch", "scikit-learn", "faiss-cpu"} <= set(content["provenance"]["versions"])
 
 
 def test_training_pairs_are_unknown_for_models_of_others():

@@ -12,6 +12,8 @@ from evaluation_samples import write_captioned, write_run
 
 from eval_suite import retrieval as module
 from eval_suite.encode import encode_texts
+from eval_suite.feature_similarity import FeatureSimilarity
+from eval_suite.gallery import gallery
 from eval_suite.judgements import COUNTS, in_rows, judgements
 from eval_suite.metrics import chance_of_lists
 from eval_suite.per_query import load_per_query
@@ -19,10 +21,11 @@ from eval_suite.protocols import PROTOCOLS, Setting, folded, judged_pairs, whole
 from eval_suite.ranks import TIE_RULES, retrieval_ranks
 from eval_suite.relevance import answers_of_class, listed_answers, relevance
 from eval_suite.results import Results
-from eval_suite.retrieval import RetrievalConfig, evaluate, retrieval, similarity_of
+from eval_suite.retrieval import RetrievalConfig, evaluate, retrieval
 from eval_suite.retrieval_data import RETRIEVAL_DATASETS, RetrievalData, Split, count_faults, open_retrieval
 from eval_suite.scores import dot_scores, joint_scores, remembered
 from setclip.errors import InputError
+from setclip.manifest import open_split
 
 
 def table(scores):
@@ -238,15 +241,15 @@ def test_judged_metrics_equal_those_of_the_package_eccv_caption():
     scores = torch.rand(30, 90, generator=generator)
     owners = torch.arange(90) // 3
     right, expected = {}, {}
-    for direction, num_queries, gallery in (("i2t", 30, 90), ("t2i", 90, 30)):
-        queries, answers = random_judgements(generator, num_queries, gallery, most=12)
+    for direction, num_queries, size in (("i2t", 30, 90), ("t2i", 90, 30)):
+        queries, answers = random_judgements(generator, num_queries, size, most=12)
         num_right = [len(each) + (query % 3 == 0) for query, each in zip(queries, answers, strict=True)]
-        right[direction] = listed_answers(queries, answers, gallery, num_right)
+        right[direction] = listed_answers(queries, answers, size, num_right)
         rows = scores if direction == "i2t" else scores.T
         ranked = {query: rows[query].argsort(descending=True).tolist() for query in queries}
         truth = dict(zip(queries, answers, strict=True))
         for query in queries:  # a right answer that the gallery does not have counts in R
-            truth[query] = truth[query] + [gallery + 1] * (query % 3 == 0)
+            truth[query] = truth[query] + [size + 1] * (query % 3 == 0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = compute_eccv_metrics(ranked, truth)
@@ -403,6 +406,52 @@ def test_cub_matches_by_class_unless_told_otherwise(tmp_path, monkeypatch):
     assert by_instance.metrics["t2i_r1"].chance == pytest.approx(100 / 12)
 
 
+def test_the_gallery_marks_what_the_match_takes_for_right(tmp_path, monkeypatch):
+    place = write_birds(tmp_path / "cub", monkeypatch)
+    shared = {"name": "cub", "data": place, "checkpoint": str(write_run(tmp_path / "runs", "first")), "resamples": 5}
+    class_of = {sample.key: sample.extra["class_id"] for shard in open_split(place)[1] for sample in shard}
+
+    def is_right(by_class, query, answer):
+        return class_of[query] == class_of[answer] if by_class else query == answer
+
+    for match in ("class", "instance"):
+        found = evaluate(RetrievalConfig(**shared, match=match, gallery_queries=40)).pictures
+        assert ("of the query's class" in found["right"]) == (match == "class")
+        entries = [entry for d in ("i2t", "t2i") for which in ("chosen", "worst") for entry in found[d][which]]
+        for entry in entries:
+            expected = [is_right(match == "class", entry["query"]["key"], a["key"]) for a in entry["answers"]]
+            assert [a["is_right"] for a in entry["answers"]] == expected
+            if True in expected:  # captions of a class are equal here, so that others may tie with the first right one
+                assert entry["rank"] >= expected.index(True) + 1
+            else:
+                assert entry["rank"] > len(expected)
+        num_right = sum(a["is_right"] for entry in entries for a in entry["answers"])
+        assert num_right > 0
+        worst = [entry["rank"] for entry in found["t2i"]["worst"]]
+        assert worst == sorted(worst, reverse=True)
+
+
+def test_the_gallery_of_judged_queries_shows_these_alone():
+    scores = torch.arange(30.0).reshape(5, 6)
+    owners = torch.tensor([0, 1, 1, 2, 3, 4])
+    right = {
+        "i2t": listed_answers([1, 3], [[5, 0], [2]], 6),
+        "t2i": listed_answers([0, 4], [[4], [0, 1]], 5),
+    }
+    ranks = {d: relevance(table(scores), right[d], d, n).rank["pessimistic"] for d, n in (("i2t", 5), ("t2i", 6))}
+    keys, captions = list("abcde"), [["0"], ["1", "2"], ["3"], ["4"], ["5"]]
+    found = gallery(table(scores), ranks["i2t"], ranks["t2i"], owners, keys, captions, 5, 2, right=right)
+    assert [entry["query"]["key"] for entry in found["i2t"]["chosen"]] == ["b", "d"]
+    assert [[a["is_right"] for a in entry["answers"]] for entry in found["i2t"]["chosen"]] == [
+        [True, False],
+        [False] * 2,
+    ]
+    assert [entry["rank"] for entry in found["i2t"]["chosen"]] == [1, 4]
+    assert [entry["query"]["caption"] for entry in found["t2i"]["chosen"]] == ["0", "4"]
+    assert [entry["rank"] for entry in found["t2i"]["chosen"]] == [1, 4]
+    assert [entry["query"]["caption"] for entry in found["t2i"]["worst"]] == ["4"]
+
+
 def test_cub_without_classes_or_with_a_class_too_few_is_an_error(tmp_path, monkeypatch):
     place = write_birds(tmp_path / "cub", monkeypatch)
     monkeypatch.setitem(RETRIEVAL_DATASETS["cub"].splits, "test", Split(images=12, classes=50))
@@ -485,24 +534,20 @@ def test_sets_are_ranked_by_the_similarity_that_is_named_and_masks_are_seen():
         for t in range(12):
             grid = unit[0][i] @ unit[1][t, : 2 if t % 3 == 0 else 3].T
             expected[i, t] = (grid.amax(0).mean() + grid.amax(1).mean()) / 2
-    name, make_score = similarity_of("chamfer", {"similarity": "mil"})
+    similarity = FeatureSimilarity("chamfer", {}, {"similarity": "mil"})
     outcome = retrieval(
         lambda ids: images[ids],
         lambda names: texts[[int(name) for name in names]],
         torch.arange(12).split(5),
         [[str(i)] for i in range(12)],
-        make_score=make_score,
+        make_score=similarity,
         show_progress=False,
     )
     scores = outcome.score(slice(0, 12), slice(0, 12)).double()
     scale = expected.std() / scores.std()  # sum or mean of the two directions
     assert torch.allclose(scores * scale, expected, atol=1e-6)
     assert outcome.t2i.better.tolist() == [(expected[:, t] > expected[t, t]).sum().item() for t in range(12)]
-    assert name == "chamfer"
-    assert similarity_of(None, {"similarity": {"name": "smooth_chamfer", "alpha": 4.0}})[0] == "smooth_chamfer"
-    assert similarity_of(None, {})[0] == "cosine"
-    with pytest.raises(InputError, match="unknown similarity 'chanfer', perhaps 'chamfer'"):
-        similarity_of("chanfer", {})
+    assert similarity.described == {"similarity": "chamfer", "similarity_options": {}}
 
 
 def test_single_vectors_are_sets_of_one_to_the_similarities_of_sets(tmp_path):

@@ -50,10 +50,24 @@ SIMILARITIES: dict[str, type[SetSimilarity]] = {
 def make_similarity(name: str, **options: Any) -> SetSimilarity:
     """Returns a new similarity of that name. Raises InputError on an unknown name, option or value."""
     kind = look_up(SIMILARITIES, name, "similarity")
-    # a module without a constructor of its own shows (*args, **kwargs)
-    known = [p.name for p in inspect.signature(kind).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    known = _options_of(kind)
     unknown = sorted(set(options) - set(known))
     if unknown:
         takes = f"the options {', '.join(known)}" if known else "no options"
-        raise InputError(f"expected for similarity {name!r} {takes}, found {', '.join(unknown)}; leave out the latter")
-    return kind(**options)
+        theirs = [name for name, other in SIMILARITIES.items() if unknown[0] in _options_of(other)]
+        where = f", which {', '.join(theirs)} can have" if theirs else ""
+        raise InputError(
+            f"expected for similarity {name!r} {takes}, found {', '.join(unknown)}; leave out {unknown[0]}{where}"
+        )
+    try:
+        return kind(**options)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise InputError(f"expected numbers for the options of similarity {name!r}, found {given} ({error})") from error
+
+
+def _options_of(kind: type[SetSimilarity]) -> list[str]:
+    """Returns the names of a similarity's options; a module without a constructor of its own shows (*args, **kwargs)."""
+    return [p.name for p in inspect.signature(kind).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
