@@ -21,7 +21,7 @@ PIP_FLAGS := $(if $(INDEX_URL),--index-url $(INDEX_URL)) $(if $(EXTRA_INDEX_URL)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install img2dataset vllm demo test test-llm check clean
+.PHONY: help install img2dataset open-clip vllm demo test test-llm check clean
 
 help: ## list the targets
 	@echo "Setclip. Targets:"
@@ -34,6 +34,10 @@ img2dataset: $(VENV)/.installed ## make .venv-img2dataset, the downloader's own 
 	@$(if $(INDEX_URL),PIP_INDEX_URL=$(INDEX_URL)) $(if $(EXTRA_INDEX_URL),PIP_EXTRA_INDEX_URL=$(EXTRA_INDEX_URL)) \
 		$(BIN)/python -m data_prep.fetch setup
 
+open-clip: $(VENV)/.installed ## make .venv-open-clip, where open_clip's own trainer runs (benchmarks.train, benchmarks.loader)
+	@$(if $(INDEX_URL),PIP_INDEX_URL=$(INDEX_URL)) $(if $(EXTRA_INDEX_URL),PIP_EXTRA_INDEX_URL=$(EXTRA_INDEX_URL)) \
+		$(BIN)/python -m benchmarks.open_clip_environment
+
 vllm: $(VENV)/.installed ## make .venv-vllm, the language models' own environment (data_prep.parse_llm, data_prep.describe)
 	@$(if $(INDEX_URL),PIP_INDEX_URL=$(INDEX_URL)) $(if $(EXTRA_INDEX_URL),PIP_EXTRA_INDEX_URL=$(EXTRA_INDEX_URL)) \
 		$(BIN)/python -m data_prep.llm setup
@@ -42,7 +46,7 @@ demo: $(VENV)/.installed ## run the whole road on the embedded corpus and write 
 	@$(BIN)/python -m setclip.demo --out demo --overwrite True $(DEMO_FLAGS)
 	@echo "Open $(CURDIR)/demo/report.html in a browser."
 
-test: $(VENV)/.installed img2dataset ## run all tests that need only Python packages
+test: $(VENV)/.installed img2dataset open-clip ## run all tests that need only Python packages
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
 
@@ -55,7 +59,7 @@ check: $(VENV)/.installed ## lint, format check and types
 	@$(BIN)/mypy
 
 clean: ## remove .venv, the demo and caches; data/ and runs/ stay
-	@rm -rf $(VENV) .venv-img2dataset .venv-vllm demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) .venv-img2dataset .venv-open-clip .venv-vllm demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed once, and again when the requirements change.

@@ -18,6 +18,7 @@ from pretrain.checkpoints import BEST_NAME, best_of
 from pretrain.resume import STATE_NAME
 from setclip.checkpoint import (
     CHECKPOINTS_FOLDER,
+    EMA_NAME,
     OPEN_CLIP_CONFIG_NAME,
     checkpoint_name,
     checkpoints_of,
@@ -136,14 +137,21 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def mean_weights(folders: Sequence[Path]) -> dict[str, Tensor]:
+def mean_weights(folders: Sequence[Path], of_average: bool = False) -> dict[str, Tensor]:
     """Returns the mean of the checkpoints' weights, in fp32; whole numbers (counts of batches) are those of the last one.
 
-    Sums are in float64, one weight of all checkpoints at a time, so that memory holds one model. Raises InputError where names
-    or shapes differ or a weight is not finite.
+    `of_average`: of their moving averages (ema.safetensors). Sums are in float64, one weight of all checkpoints at a time, so
+    that memory holds one model. Raises InputError where names or shapes differ or a weight is not finite.
     """
+    paths = [folder / EMA_NAME if of_average else weights_path(folder) for folder in folders]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(
+                f"expected {path}, found none: the run kept no moving average of its weights; export the weights themselves "
+                "(--weights model), or train with --ema.decay"
+            )
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(weights_path(folder), framework="pt")) for folder in folders]
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
         names = set(files[0].keys())
         for folder, file in zip(folders[1:], files[1:], strict=True):
             if names != set(file.keys()):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.resume import TrainState, write_state
 from pretrain.state import gather_moments, gather_weights
@@ -95,8 +96,10 @@ class Checkpoints:
         world: World,
         model_cfg: dict[str, Any],
         describe: Callable[[TrainState], dict[str, Any]],
+        ema: Ema | None = None,
     ):
-        """`describe` returns what setclip_config.json says of a checkpoint."""
+        """`describe` returns what setclip_config.json says of a checkpoint; `ema` is saved with each."""
+        self._ema = ema
         self._config, self._out, self._world = config, out, world
         self._model_cfg, self._describe = model_cfg, describe
         self._folder = out / CHECKPOINTS_FOLDER
@@ -147,6 +150,7 @@ class Checkpoints:
         self.wait()
         self._last_time = time.monotonic()
         weights, moments = gather_weights(engine), gather_moments(engine, state.applied_steps)
+        average = None if self._ema is None else self._ema.weights()
         bad = [
             name for name, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())
         ]
@@ -157,7 +161,7 @@ class Checkpoints:
         folder = self._folder / checkpoint_name(state.step)
         if self._world.rank == 0:
             best = dict(self._best) if self._best else None
-            arguments = (folder, weights, moments, state, best)
+            arguments = (folder, weights, moments, average, state, best)
             if self._config.in_background:
                 self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
                 self._thread.start()
@@ -186,6 +190,7 @@ class Checkpoints:
         folder: Path,
         weights: dict[str, Tensor],
         moments: dict[str, Tensor],
+        average: dict[str, Tensor] | None,
         state: TrainState,
         best: dict[str, Any] | None,
     ) -> None:
@@ -195,7 +200,7 @@ class Checkpoints:
                 weights,
                 self._model_cfg,
                 self._describe(state),
-                lambda place: write_state(place, state, moments),
+                lambda place: write_state(place, state, moments, average),
             )
             if best is not None and best["step"] == state.step:
                 write_json(self._out / BEST_NAME, best)
@@ -214,11 +219,11 @@ class Checkpoints:
                 remove(old)
 
 
-def check_space(out: Path, model: torch.nn.Module, config: SaveConfig) -> None:
-    """Raises InputError where the disk cannot hold the checkpoints: weights and two moments in fp32 each, and one more while
-    it is written."""
+def check_space(out: Path, model: torch.nn.Module, config: SaveConfig, has_average: bool = False) -> None:
+    """Raises InputError where the disk cannot hold the checkpoints: weights and two moments in fp32 each (and their moving
+    average), and one more while it is written."""
     parameters = sum(p.numel() for p in model.parameters())
-    needed = 12 * parameters * (config.keep + 1 + (config.best is not None))
+    needed = (16 if has_average else 12) * parameters * (config.keep + 1 + (config.best is not None))
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -8,8 +8,10 @@ from typing import Literal
 
 from pretrain.bad_steps import GuardConfig
 from pretrain.checkpoints import SaveConfig
+from pretrain.ema import EmaConfig
 from pretrain.engine import EngineConfig
 from pretrain.losses import LossConfig
+from pretrain.model_options import ModelConfig
 from pretrain.optim import OptimConfig
 from pretrain.text_domains import TextConfig
 from pretrain.trackers import LogConfig
@@ -18,21 +20,13 @@ from setclip.images import AugmentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What is trained."""
-
-    name: str = "ViT-B-32"
-    """A name of open_clip's, one of ours (conv-tiny-64, conv-small-96), or a JSON file of the same form."""
-    pretrained: str | None = None
-    """Start from weights: a run, a checkpoint folder, `local-dir:DIR`, a weights file, or an open_clip tag."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What it is trained on. docs/formats.md describes shards and the data order."""
 
-    shards: Path | None = None
-    """Folder with manifest.json; without it, the dataset of the recipe under $SETCLIP_DATA (default data/)."""
+    shards: tuple[str, ...] | None = None
+    """Folders or addresses (https://…, s3://…) with manifest.json; without, the recipe's dataset under $SETCLIP_DATA (data/)."""
+    weights: tuple[float, ...] = ()
+    """How often an epoch has each sample of each of several --data.shards; fractions: parts that change from epoch to epoch."""
     split: str = "train"
     """Of the manifest's splits."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -46,6 +40,20 @@ class DataConfig:
     """Loader processes a rank; None: the cores that the ranks leave over. 0 loads in the training process."""
     max_bad: float = 0.05
     """Stop when more than this share of the samples read cannot be used."""
+    cache: Path | None = None
+    """Where blocks of shards on a server are kept, on a local disk; None: setclip-blocks under ~/.cache."""
+    cache_gb: float = 64.0
+    """Room for them, in 10⁹ bytes, for all ranks of a machine together."""
+    tries: int = 8
+    """Times that a read from a server is tried, with growing pauses: 8 are about a minute of a server that is down."""
+    stall_seconds: float = 30.0
+    """Without a byte from a server, after which a read is tried again."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.shards, str | Path):  # from Python: one place is as good as a list of it
+            object.__setattr__(self, "shards", (str(self.shards),))
+        if self.tries < 1 or self.stall_seconds <= 0 or self.cache_gb <= 0:
+            raise ValueError("data.tries must be at least 1, data.stall_seconds and data.cache_gb above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,8 @@ class EvalConfig:
     """Folder of class folders for zero-shot top-1; beside it objects.parquet gives head, middle and tail."""
     retrieval: Path | None = None
     """Shards for recalls; their split test, dev or val is taken."""
+    weights: Literal["model", "ema"] = "model"
+    """Whose figures: of the weights in training, or of their moving average (--ema.decay)."""
 
     def figures(self) -> list[str]:
         """Returns the names of the figures that may come out and are the better the higher; none without evaluation."""
@@ -82,6 +92,8 @@ class PretrainConfig:
     """With --resume: go on with other settings of --optim, --loss, --steps or --epochs than the run was begun with."""
     overwrite: bool = False
     """Remove the run in the run folder and start anew."""
+    check_memory: bool = True
+    """Stop before anything is built where more memory is expected to be needed than there is; False only notes it."""
     dataset: str | None = None
     """Dataset by name under $SETCLIP_DATA, where --data.shards is not given."""
     objects: Literal["pos", "llm"] = "pos"
@@ -92,6 +104,7 @@ class PretrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     global_batch_size: int = 4096
     """Pairs a step over all ranks and micro-batches: each is a negative of all others."""
@@ -116,6 +129,8 @@ class PretrainConfig:
             raise ValueError(
                 f"--save.best must be a figure of the evaluation along the way, found {self.save.best!r}; figures: {there}"
             )
+        if self.eval.weights == "ema" and not self.ema.decay:
+            raise ValueError("eval.weights ema needs a moving average; give --ema.decay, for example 0.9998")
         if self.change and not self.resume:
             raise ValueError("change is for --resume True: it lets a run go on with other settings")
         if self.resume and self.overwrite:

@@ -16,6 +16,7 @@ from eval_suite.preprocess import pillow_transform
 from eval_suite.retrieval import read_captions, retrieval
 from eval_suite.zeroshot import zero_shot
 from pretrain.config import EvalConfig
+from pretrain.retrieved import Gallery, QueryBook
 from setclip import distributed
 from setclip.checkpoint import LoadedModel
 from setclip.distributed import World
@@ -31,7 +32,9 @@ class Evaluator:
     def __init__(self, config: EvalConfig, model_cfg: Mapping[str, Any], world: World, parser: str):
         """`parser`: whose counts of objects make a class head, middle or tail."""
         self.config, self.world = config, world
-        self._zero_shot = self._retrieval = None
+        self._zero_shot = self._retrieval = self._queries = None
+        self.retrieved: Gallery | None = None
+        """What some queries of the last evaluation found; on rank 0, where there is retrieval."""
         if not config.every_steps:
             return
         self._model = build_clip(model_cfg, scalar_logit_scale=True).eval().to(world.device)
@@ -48,7 +51,11 @@ class Evaluator:
             groups = [table.group_of(name.lower()) for name in names] if table else None
             self._zero_shot = (found, names, groups)
         if config.retrieval is not None:
-            self._retrieval = open_split(config.retrieval)[1]
+            shards = open_split(config.retrieval)[1]
+            keys, captions = read_captions(shards)
+            self._retrieval = (shards, captions)
+            if world.rank == 0:
+                self._queries = QueryBook(shards, keys, captions, config.retrieval)
 
     def wanted(self, step: int, is_last: bool) -> bool:
         """Whether to evaluate after `step`."""
@@ -76,8 +83,10 @@ class Evaluator:
             )
             values |= {f"zeroshot_{name}": metric.value for name, metric in outcome.metrics.items()}
         if self._retrieval is not None:
-            batches = image_batches(ShardImages(self._retrieval, self._transform), 256, workers=0)
-            captions = read_captions(self._retrieval)[1]
-            scores = retrieval(*self._functions, batches, captions, show_progress=False, world=self.world).metrics
-            values |= {name: metric.value for name, metric in scores.items()}
+            shards, captions = self._retrieval
+            batches = image_batches(ShardImages(shards, self._transform), 256, workers=0)
+            ranked = retrieval(*self._functions, batches, captions, show_progress=False, world=self.world)
+            values |= {name: metric.value for name, metric in ranked.metrics.items()}
+            if self._queries is not None:
+                self.retrieved = self._queries.gallery(ranked)
         return values

@@ -4,6 +4,7 @@
     python -m pretrain.export runs/a --out exports/a --format all --dtype bf16
     python -m pretrain.export runs/a --out exports/a --average 3              # mean of the last three checkpoints
     python -m pretrain.export runs/a --out exports/a --average best           # the best one (--save.best)
+    python -m pretrain.export runs/a --out exports/a --weights ema            # the moving average of the weights
 
     DIR/open_clip_model.safetensors, open_clip_config.json    open_clip: local-dir:DIR, and hf-hub: once it is uploaded
     DIR/config.json, model.safetensors, vocab.json, …         transformers: CLIPModel and CLIPProcessor
@@ -68,6 +69,8 @@ class ExportConfig:
     """The folder to write. Default: export/ in the run."""
     format: Literal["open_clip", "huggingface", "all"] = "open_clip"
     """For open_clip (any model), for transformers (plain ViTs with CLIP's text transformer), or both in one folder."""
+    weights: Literal["model", "ema"] = "model"
+    """Those that were trained, or their moving average (of a run with --ema.decay)."""
     average: tuple[str, ...] = ()
     """K: the mean of the run's last K checkpoints. Or names (step-00000500, best) or folders of checkpoints of one run."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -107,7 +110,7 @@ def export(config: ExportConfig) -> Path:
         damage = damage_of(folder) if (folder / CHECKSUMS_NAME).exists() else None
         if damage is not None:
             raise InputError(f"expected a whole checkpoint in {folder}, found that {damage}; export another one")
-    weights = mean_weights(source.folders)
+    weights = mean_weights(source.folders, config.weights == "ema")
     model = build_clip(source.model_cfg, scalar_logit_scale=True)
     load_weights(model, weights, str(source.folders[-1]))
     weights = cast(model.state_dict(), config.dtype)
@@ -173,6 +176,8 @@ def _source(config: ExportConfig) -> Source:
     newest = folders[-1]
     content = json.loads((newest / OPEN_CLIP_CONFIG_NAME).read_text(encoding="utf-8"))
     description = describe_average(folders)
+    if config.weights == "ema":
+        description["weights"] = "ema"
     if str(description.get("model", "")).endswith(".json"):  # a place on this machine is nobody else's business
         description["model"] = Path(description["model"]).name
     run = run_of(newest)

@@ -34,20 +34,19 @@ class FeatureCache:
 
     def __init__(
         self,
-        encode: Callable[[Tensor, Tensor], Features],
+        encode: Callable[..., Features],
         model: torch.nn.Module,
-        images: Tensor,
-        tokens: Tensor,
+        inputs: tuple[Tensor, ...],
         micro_batches: int,
     ):
-        """`encode`: by `model`. `images` (B, 3, S, S) and `tokens` (B, L); `micro_batches` divides B."""
+        """`encode(*inputs)`: by `model`. `inputs`: images (B, 3, S, S), tokens (B, L), …; `micro_batches` divides B."""
         self._encode = encode
-        self._parts = list(zip(images.chunk(micro_batches), tokens.chunk(micro_batches), strict=True))
+        self._parts = list(zip(*(value.chunk(micro_batches) for value in inputs), strict=True))
         self._random = []
         parts = []
         with torch.no_grad(), _statistics_unchanged(model):
             for part in self._parts:
-                self._random.append(_random_state(images.device))
+                self._random.append(_random_state(inputs[0].device))
                 parts.append(encode(*part))
         bias = parts[0].logit_bias
         self.features = Features(

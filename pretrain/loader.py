@@ -8,7 +8,6 @@ epoch's end. Letters: B samples on this rank, L text tokens, M objects of a capt
 import dataclasses
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pretrain.blocks import Blocks
 from pretrain.data_order import DataOrder, Place
 from pretrain.stopping import leave_signals_to_the_parent
 from pretrain.text_domains import Domain, DrawnText, TextDomains
 from setclip.decode import DecodeError
 from setclip.errors import InputError
 from setclip.hashing import hash_text, hash_u64
-from setclip.images import Augment, decode_tensor
+from setclip.images import Augment
 from setclip.objects import object_id
 from setclip.shards import Shard
 
@@ -33,6 +33,7 @@ PAD = -1  # object ids are never negative
 
 _CAPTION, _AUGMENT = 1, 2  # keep the draws apart
 _TEXT = np.array([_CAPTION, 5, 6, 7])  # and the three of text domains, in one call: half the time of four
+_WORDS_KEPT = 100_000  # by a tokenizer, about 25 MB: the frequent ones come back at once
 _LARGEST_GROUP = 64  # samples a worker hands over at once
 
 
@@ -126,7 +127,7 @@ def ids_of_texts(tokens: Tensor) -> Tensor:
 class SamplePipeline:
     """From a place in the data to what one sample gives a batch. Handed to the workers as it is."""
 
-    shards: Sequence[Shard]
+    shards: Blocks | Sequence[Shard]
     augment: Augment
     tokenizer: Callable[[list[str]], Tensor]
     parser: str | None
@@ -139,7 +140,8 @@ class SamplePipeline:
         """Returns ((3, S, S) uint8, text, the caption's objects, key). Raises DecodeError for what cannot be used."""
         shard = self.shards[place.shard]
         key, _, image_bytes, encoded = shard.read_raw(place.row)
-        words = (self.seed, place.epoch, hash_text(key))
+        of_key = hash_text(key) if place.repeat == 0 else int(hash_u64(hash_text(key), place.repeat))
+        words = (self.seed, place.epoch, of_key)
         try:
             record = json.loads(encoded)
             captions, objects = record["captions"], record.get("objects", {})
@@ -157,9 +159,7 @@ class SamplePipeline:
         chosen = of_caption % len(captions)
         caption, names = captions[chosen], objects[self.parser][chosen] if self.parser else []
         text = DrawnText(caption, names, "caption") if self.texts is None else self.texts.draw(caption, names, of_text)
-        size = self.augment.image_size
-        image = self.augment(decode_tensor(image_bytes, min_size=size), _AUGMENT, *words)
-        return image, text, names, key
+        return self.augment.decode(image_bytes, _AUGMENT, *words), text, names, key
 
 
 class _Lanes(IterableDataset):
@@ -183,15 +183,30 @@ class _Lanes(IterableDataset):
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         mine = range(number, len(self.bounds) - 1, count)
         readers = {
-            i: self.order.lane(self.lanes[i], self.cursors[i])
+            i: self._places(self.lanes[i], self.cursors[i])
             for group in mine
             for i in range(self.bounds[group], self.bounds[group + 1])
         }
+        if isinstance(self.pipeline.shards, Blocks):
+            for i in readers:
+                self.pipeline.shards.foresee(next(self.order.windows(self.lanes[i], self.cursors[i])))
         skip_before = self.first
         while True:
             for group in mine:
                 yield self._group([i for i in range(*self.bounds[group : group + 2]) if i >= skip_before], readers)
             skip_before = 0
+
+    def _places(self, lane: int, start: int) -> Iterator[Place]:
+        """Yields the places of a lane, with the blocks ready in which they lie."""
+        shards = self.pipeline.shards
+        if not isinstance(shards, Blocks):
+            yield from self.order.lane(lane, start)
+            return
+        for window in self.order.windows(lane, start):
+            entered = shards.enter(window)
+            shards.foresee(window.following())
+            yield from window.places()
+            shards.leave(entered)
 
     def _group(self, indices: Sequence[int], readers: dict[int, Iterator[Place]]) -> Batch:
         images, texts, objects, keys, skips_before, skips = [], [], [], [], [], []
@@ -204,7 +219,7 @@ class _Lanes(IterableDataset):
                     break
                 except DecodeError as error:
                     shard = self.pipeline.shards[place.shard]
-                    skips.append(Skip(place.epoch, shard.path.name, shard.read_raw(place.row)[0], str(error)))
+                    skips.append(Skip(place.epoch, shard.label, shard.read_raw(place.row)[0], str(error)))
                     skipped += 1
                     if skipped > self.order.num_samples // self.order.num_lanes + 1:
                         raise InputError(
@@ -218,6 +233,7 @@ class _Lanes(IterableDataset):
             skips_before.append(skipped)
         size = self.pipeline.augment.image_size
         tokens = self.pipeline.tokenizer([t.text for t in texts]) if texts else self.pipeline.tokenizer([""])[:0]
+        _forget_words(self.pipeline.tokenizer)
         ids = pad_objects(objects)
         are_equal = all(text.objects is names for text, names in zip(texts, objects, strict=True))
         return Batch(
@@ -232,6 +248,17 @@ class _Lanes(IterableDataset):
             skips_before,
             skips,
         )
+
+
+def _forget_words(tokenizer: Callable[[list[str]], Tensor]) -> None:
+    """Empties the memory of CLIP's tokenizer once it is full: by itself it keeps every word that it has ever seen.
+
+    Special tokens stay, which are the words that stand for themselves.
+    """
+    words = getattr(tokenizer, "cache", None)
+    if isinstance(words, dict) and len(words) > _WORDS_KEPT:
+        for word in [word for word, pieces in words.items() if pieces != word]:
+            del words[word]
 
 
 class Loader:
@@ -268,6 +295,8 @@ class Loader:
         self.reasons: Counter[str] = Counter()
         self._bad = self._read = 0
 
+        self._shards = pipeline.shards
+
         lanes = range(rank, order.num_lanes, world_size)
         turn, first = divmod(samples_seen // world_size, len(lanes))
         cursors = [turn + (i < first) + self.skipped[lane] for i, lane in enumerate(lanes)]
@@ -295,10 +324,12 @@ class Loader:
                 yield batch
 
     def close(self) -> None:
-        """Ends the loader's processes."""
+        """Ends the loader's processes and threads."""
         iterator = getattr(self._source, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
+        if isinstance(self._shards, Blocks):
+            self._shards.close()
 
     def _account(self, batch: Batch) -> None:
         for lane, count in zip(batch.lanes, batch.skips_before, strict=True):
@@ -316,10 +347,9 @@ class Loader:
             )
 
 
-def automatic_workers(ranks_on_node: int) -> int:
-    """Returns loader processes a rank: the cores that the ranks leave over, at least 1 and at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // ranks_on_node - 1))
+def automatic_workers(cores: int) -> int:
+    """Returns loader processes for a rank of so many cores: those that training leaves over, 1 at least, 16 at most."""
+    return max(1, min(16, cores - 1))
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -100,12 +100,14 @@ def _is_of(result: Results, description: Mapping[str, Any]) -> bool:
     told = result.checkpoint
     if (told.get("data") or {}).get("digest") != (description.get("data") or {}).get("digest"):
         return False
-    return all(told.get(key) == description.get(key) for key in ("recipe", "step", "samples_seen", "averaged"))
+    return all(
+        told.get(key) == description.get(key) for key in ("recipe", "step", "samples_seen", "averaged", "weights")
+    )
 
 
 def _which(identity: Mapping[str, Any]) -> str:
-    averaged = identity.get("averaged")
-    return f"the mean of steps {averaged['steps']}" if averaged else f"step {identity.get('step')}"
+    averaged, prefix = identity.get("averaged"), "the moving average at " if identity.get("weights") == "ema" else ""
+    return prefix + (f"the mean of steps {averaged['steps']}" if averaged else f"step {identity.get('step')}")
 
 
 def differing_settings(recipe: str, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]] | None:
@@ -166,6 +168,9 @@ def _summary(facts: CardFacts) -> str:
     )
     if "pairs_present" in data:
         text += f", trained by Setclip on {data['pairs_present']:,} image–text pairs"
+    if description.get("weights") == "ema":
+        decay = description.get("ema", {}).get("decay")
+        text += f". The weights are their exponential moving average in training (decay {decay} a step)"
     averaged = description.get("averaged")
     if averaged:
         steps = [f"{step:,}" if isinstance(step, int) else "?" for step in averaged["steps"]]

@@ -1,14 +1,19 @@
 """A run's arithmetic and data, checked in a second or so before anything is built. Used by the loop."""
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pretrain.blocks import Blocks
 from pretrain.config import PretrainConfig, local_batch_size
 from pretrain.data_order import DataOrder, automatic_block_size
+from pretrain.loader import SamplePipeline
 from pretrain.resume import TrainState
+from pretrain.sources import Sources, open_sources
 from pretrain.text_domains import TextDomains, make_text_domains
 from setclip import config as configuration
 from setclip import distributed
@@ -16,10 +21,12 @@ from setclip.checkpoint import checkpoints_of
 from setclip.datasets import locate
 from setclip.distributed import World
 from setclip.errors import InputError
+from setclip.images import Augment
 from setclip.log import say
-from setclip.manifest import Manifest, check_shards
-from setclip.models.clip import model_config, with_bias
-from setclip.objects import ObjectTable, read_objects
+from setclip.manifest import Manifest
+from setclip.models.clip import model_config, tokenizer_for, with_bias
+from setclip.objects import ObjectTable
+from setclip.remote import Patience
 from setclip.shards import ShardInfo
 
 _PARSED_BY = {"pos": "data_prep.parse", "llm": "data_prep.parse_llm"}
@@ -30,7 +37,7 @@ class Plan:
     """A run's arithmetic and data, checked before anything is built."""
 
     out: Path
-    folder: Path
+    sources: Sources
     manifest: Manifest
     shards: list[ShardInfo]
     order: DataOrder
@@ -45,19 +52,23 @@ class Plan:
     """What draws prompts and descriptions; None where all texts are captions"""
 
     @property
+    def folder(self) -> str:
+        """Where the shards are, for messages."""
+        return self.sources.name
+
+    @property
     def total_samples(self) -> int:
         """Samples of the whole run."""
         return self.total_steps * self.local_batch_size * distributed.world_size()
 
 
-def make_plan(recipe: str, config: PretrainConfig, world: World) -> Plan:
-    """Checks configuration, data and run folder; takes a second or so. Raises InputError."""
-    if config.data.shards is None and config.dataset is None:
-        raise InputError("expected shards to train on (--data.shards DIR), found none; `data_prep.run` makes them")
-    folder = config.data.shards or locate(str(config.dataset))
-    manifest = Manifest.load(folder)
-    shards = manifest.of_split(config.data.split)
-    check_shards(folder, shards)
+def make_plan(recipe: str, config: PretrainConfig, world: World, is_to_begin: bool = True) -> Plan:
+    """Checks configuration, data and run folder; takes a second or so. Raises InputError.
+
+    Not `is_to_begin`: the folder may hold anything.
+    """
+    sources = sources_of(config)
+    folder, manifest, shards = sources.name, sources.manifest, sources.shards
     target = config.loss.find_target()
     is_parsed = config.objects in manifest.parsers
     if target.similarity is not None and not is_parsed:
@@ -72,26 +83,21 @@ def make_plan(recipe: str, config: PretrainConfig, world: World) -> Plan:
             f"{sorted(manifest.parsers) or 'none'}; make them with `python -m {_PARSED_BY[config.objects]} {folder}`, choose "
             "others with --objects, or leave --text.prompt and --text.description at 0"
         )
-    texts = make_text_domains(config.text, folder, config.objects)
+    texts = make_text_domains(config.text, sources, config.objects)
     is_weighted = config.loss.weights == "frequency" and "weights" in target.uses
-    object_table = read_objects(folder, config.objects) if is_weighted else None
+    object_table = sources.objects(config.objects) if is_weighted else None
     sizes = tuple(shard.samples for shard in shards)
     block_size = config.data.block_size or automatic_block_size(sum(sizes), config.data.num_lanes)
-    order = DataOrder(sizes, config.seed, config.data.num_lanes, block_size, config.data.window_blocks)
+    order = DataOrder(sizes, config.seed, config.data.num_lanes, block_size, config.data.window_blocks, sources.shares)
+    lanes_here = -(-order.num_lanes * ranks_on_machine(world) // world.size)
+    if of_cache := sources.check_cache(lanes_here, block_size, order.window_blocks):
+        say(of_cache)
     out = config.out or Path("runs") / recipe
-    found = checkpoints_of(out)
-    if config.resume and not found:
-        raise InputError(
-            f"expected a checkpoint to resume from under {out}/checkpoints, found none; leave out --resume"
-        )
-    if not config.resume and not config.overwrite and out.exists() and any(out.iterdir()):
-        raise InputError(
-            f"expected a new or empty run folder, found {out} with {len(found)} checkpoints; continue it with "
-            "--resume True, remove it with --overwrite True, or give another --out"
-        )
+    if is_to_begin:
+        check_folder(out, config)
     return Plan(
         out,
-        folder,
+        sources,
         manifest,
         shards,
         order,
@@ -104,12 +110,67 @@ def make_plan(recipe: str, config: PretrainConfig, world: World) -> Plan:
     )
 
 
+def ranks_on_machine(world: World) -> int:
+    """Returns how many ranks this machine has, as torchrun and Slurm tell it; without them all."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    number = re.match(r"\d+", told)  # "8" or "8(x2)"
+    return max(1, min(world.size, int(number.group()) if number else world.size))
+
+
+def check_folder(out: Path, config: PretrainConfig) -> None:
+    """Raises InputError where a run cannot begin in the folder `out`, or go on in it where that is asked for."""
+    found = checkpoints_of(out)
+    if config.resume and not found:
+        raise InputError(
+            f"expected a checkpoint to resume from under {out}/checkpoints, found none; leave out --resume"
+        )
+    if not config.resume and not config.overwrite and out.exists() and any(out.iterdir()):
+        raise InputError(
+            f"expected a new or empty run folder, found {out} with {len(found)} checkpoints; continue it with "
+            "--resume True, remove it with --overwrite True, or give another --out"
+        )
+
+
+def sources_of(config: PretrainConfig) -> Sources:
+    """Opens what a run is to be trained on. Raises InputError where it cannot be had."""
+    data = config.data
+    if not data.shards and config.dataset is None:
+        raise InputError("expected shards to train on (--data.shards DIR), found none; `data_prep.run` makes them")
+    return open_sources(
+        data.shards or (str(locate(str(config.dataset))),),
+        data.weights,
+        data.split,
+        data.cache,
+        int(data.cache_gb * 1e9),
+        Patience(tries=data.tries, stall_seconds=data.stall_seconds),
+        config.objects,
+    )
+
+
+def open_shards(plan: Plan) -> Blocks:
+    """Returns the plan's shards in the order of its data; nothing is read yet."""
+    return plan.sources.open(plan.order.block_size)
+
+
+def make_pipeline(config: PretrainConfig, plan: Plan, image_size: int) -> SamplePipeline:
+    """Returns what makes samples of the plan's shards, with pictures of `image_size` pixels a side."""
+    return SamplePipeline(
+        open_shards(plan),
+        Augment(config.data.augment, image_size),
+        tokenizer_for(plan.model_cfg),
+        plan.parser,
+        config.seed,
+        plan.texts,
+    )
+
+
 def course_of(config: PretrainConfig, plan: Plan) -> dict[str, Any]:
     """Returns the settings that fix the course of a run; the others (ranks, micro-batches, logging, …) are free."""
     tree = configuration.to_dict(config)
     return {
         "model": plan.model_cfg,
         "data": plan.manifest.identity()["digest"],
+        "sources": plan.sources.course,
         "split": config.data.split,
         "objects": config.objects,
         "augment": tree["data"]["augment"],
@@ -122,6 +183,8 @@ def course_of(config: PretrainConfig, plan: Plan) -> dict[str, Any]:
         "global_batch_size": config.global_batch_size,
         "total_steps": plan.total_steps,
         "seed": config.seed,
+        "towers": config.model.course(),
+        "ema": tree["ema"],
     }
 
 
@@ -148,7 +211,9 @@ def announce(
     say(
         f"engine DeepSpeed, ZeRO {config.engine.zero_stage}, {config.engine.precision}, {world.device}; run folder {plan.out}"
     )
-    for note in () if plan.texts is None else plan.texts.notes:
+    if locked := sum(p.numel() for p in model.parameters() if not p.requires_grad):
+        say(f"locked: {locked / 1e6:.2f} M parameters are not trained")
+    for note in (*plan.sources.notes, *(() if plan.texts is None else plan.texts.notes)):
         say(note)
     for name, value in config.text.ignored().items():
         say(f"note: --text.{name} {value} is not used with these shares of prompts and descriptions")

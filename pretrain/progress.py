@@ -1,4 +1,4 @@
-"""What a run tells: lines and metrics.jsonl, averaged over the steps between two lines. Used by the loop and by the report."""
+"""What a run tells: lines and metrics.jsonl, averaged over the steps between two lines. Used by the loop and the report."""
 
 import json
 import sys
@@ -17,8 +17,18 @@ from pretrain.trackers import Tracker
 from setclip.errors import InputError
 from setclip.files import replacing
 from setclip.log import Meter, duration, is_speaker
+from setclip.objects import GROUPS
 
 METRICS_NAME = "metrics.jsonl"
+_SAID = (
+    "zeroshot_top1",
+    *(f"zeroshot_top1_{group}" for group in GROUPS),
+    "i2t_r1",
+    "i2t_r5",
+    "t2i_r1",
+    "t2i_r5",
+    "rsum",
+)
 SECONDS_OF_SILENCE = 60.0  # after which a job's log is told that the run goes on
 
 
@@ -36,7 +46,7 @@ class RunLog:
         utilisation: Utilisation | None = None,
         trackers: Sequence[Tracker] = (),
     ):
-        """`utilisation`: what MFU is computed from; `trackers`: who is given each entry beside metrics.jsonl (rank 0)."""
+        """`utilisation`: what MFU is computed from; `trackers`: who gets each entry beside metrics.jsonl (rank 0)."""
         self.path, self.device, self.world_size = path, device or torch.device("cpu"), world_size
         self.total_samples, self.first_samples = total_samples, samples_seen
         self.utilisation, self.trackers = utilisation, list(trackers)
@@ -63,7 +73,7 @@ class RunLog:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._uncounted += samples
-        # A terminal has a bar; a job's log has the lines of `line`, and words between them only where they are far apart.
+        # A terminal has a bar; a job's log has the lines of `line`, and words between them where they are far apart.
         if self._is_live or time.monotonic() - self._last_said >= SECONDS_OF_SILENCE:
             self._tell_meter(f"loss {values['loss']:.3f}")
 
@@ -81,8 +91,8 @@ class RunLog:
     def line(self, of_ranks: Sequence[Mapping[str, float | None]], **now: Any) -> dict[str, Any]:
         """Writes and returns the interval's averages, with the values of `now` (step, samples_seen, …) as they are.
 
-        `of_ranks`: `of_this_rank` of all ranks; shares and memory are those of the rank that has most. Writes nothing where
-        all of the interval's steps were skipped.
+        `of_ranks`: `of_this_rank` of all ranks; shares and memory are those of the rank that has most. Writes nothing
+        where all of the interval's steps were skipped.
         """
         if not self._steps:
             return {}
@@ -135,12 +145,12 @@ class RunLog:
         return sum(self._seconds.values())
 
     def _tell_meter(self, note: str = "") -> None:
-        """Gives the meter the samples since it was given some; in a pipe it says a line if its last is ten seconds old."""
+        """Gives the meter the samples since it got some; in a pipe it says a line if its last is ten seconds old."""
         if self._uncounted:
             self.meter.update(self._uncounted, note)
             self._uncounted, self._last_said = 0, time.monotonic()
 
-    def _seconds_left(self, samples_seen: int) -> float | None:
+    def _seconds_left(self, samples_seen: float) -> float | None:
         """Returns the time to the end of the run at the pace since this start, evaluations and checkpoints included."""
         done = samples_seen - self.first_samples
         return (time.monotonic() - self._start) / done * (self.total_samples - samples_seen) if done > 0 else None
@@ -172,6 +182,11 @@ def line_text(entry: Mapping[str, Any], seconds_left: float | None) -> str:
     return "  ".join(parts)
 
 
+def evaluation_text(step: int, found: Mapping[str, float]) -> str:
+    """Returns the main figures of an evaluation along the way as one line; metrics.jsonl has all of them."""
+    return "  ".join([f"step {step:>7,}", *(f"{name} {found[name]:.2f}" for name in _SAID if name in found)])
+
+
 def _over_ranks(of_ranks: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     merged = {}
     for name in of_ranks[0]:
@@ -186,11 +201,11 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue
     with replacing(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -207,7 +222,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises InputError that names a line before it which is no JSON object.
     """
     entries: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
@@ -224,5 +239,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a metrics.jsonl; those of older runs have fewer figures. Raises InputError as `read_lines`."""
+    """Returns the entries of a metrics.jsonl; older runs have fewer figures in them. Raises InputError as `read_lines`."""
     return read_lines(path)

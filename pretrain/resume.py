@@ -2,6 +2,7 @@
 
 training_state.json      step, samples seen, skips of each lane, and what fixes the run's course
 optimizer.safetensors    AdamW's moments by parameter name
+ema.safetensors          the moving average of the weights, where there is one
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from setclip.checkpoint import WEIGHTS_NAME
+from setclip.checkpoint import EMA_NAME, WEIGHTS_NAME, save_weights
 from setclip.errors import InputError
 from setclip.files import write_json
 
@@ -37,14 +38,37 @@ class TrainState:
     """Steps whose batches are not trained on (counted from 1), because a run went back behind them."""
 
 
-def write_state(folder: Path, state: TrainState, moments: Mapping[str, Tensor]) -> None:
-    """Writes the two files into a checkpoint folder that is being written."""
+def write_state(
+    folder: Path, state: TrainState, moments: Mapping[str, Tensor], average: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the files into a checkpoint folder that is being written."""
+    if average is not None:
+        save_weights(folder / EMA_NAME, average)
     save_file({name: tensor.contiguous() for name, tensor in moments.items()}, folder / OPTIMIZER_NAME)
     write_json(folder / STATE_NAME, asdict(state))
 
 
-CHANGEABLE = ("loss", "optim", "total_steps")
+CHANGEABLE = ("loss", "optim", "total_steps", "ema")
 """Of the course: what --change may change. The rest decides which samples come, and to what model."""
+
+
+_UNTIL_NOW = {
+    "towers": {
+        "lock_image": False,
+        "lock_image_unlocked": 0,
+        "lock_text": False,
+        "lock_text_unlocked": 0,
+        "patch_dropout": None,
+    },
+    "ema": {"decay": 0.0, "warmup": True},
+}
+"""Of the course: what runs had whose checkpoints do not say it, because it could not be set."""
+
+
+def read_average(folder: Path) -> dict[str, Tensor] | None:
+    """Returns the moving average of the weights in a checkpoint folder; None if it has none."""
+    path = folder / EMA_NAME
+    return load_file(path) if path.exists() else None
 
 
 def read_state(
@@ -65,7 +89,7 @@ def read_state(
         content["step"],
         content["samples_seen"],
         {int(lane): count for lane, count in content["skipped"].items()},
-        content["course"],
+        {**_UNTIL_NOW, **content["course"]},
         content["applied_steps"],
         tuple(content["left_out"]),
     )

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from pretrain.bad_steps import NAME, RollBack
+from pretrain.checks import check_start
 from pretrain.config import RECIPES, PretrainConfig
 from pretrain.plan import make_plan
 from pretrain.stopping import EXIT_STOPPED, Stopped, StopRequest
@@ -33,6 +34,7 @@ def train(recipe: str, config: PretrainConfig) -> Path:
     """
     world = distributed.start(config.engine.device, timeout_minutes=max(10.0, 1.5 * config.guard.hang_minutes))
     plan = make_plan(recipe, config, world)
+    check_start(config, plan, world)
     start = start_of(plan, config, world) if config.resume else Start.anew(plan, config)
     with StopRequest() as request:
         for _ in range(config.guard.rollbacks):

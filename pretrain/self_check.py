@@ -8,6 +8,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from pretrain.engine import Engine
+from pretrain.model_options import SCALARS
 from setclip.log import say
 
 _PROBED = 3  # parameters of each tower
@@ -27,9 +28,10 @@ class SelfCheck:
             raise RuntimeError(
                 f"expected the engine to have counted {step:,} steps, found {counted:,}: it does not step"
             )
-        if self._before is None or lr == 0:
+        before = self._before
+        if before is None or lr == 0:
             return
-        after, self._before, before = self._probe(), None, self._before
+        self._before, after = None, self._probe()
         for tower in ("image", "text"):
             names = [name for name in before if name.startswith("visual.") == (tower == "image")]
             if names and all(torch.equal(before[name], after[name]) for name in names):
@@ -37,11 +39,13 @@ class SelfCheck:
                     f"expected the {tower} tower's weights to have moved at step {step:,} (learning rate {lr:.2e}), found "
                     f"{', '.join(names)} as they were: the run would learn nothing"
                 )
-        say(f"self-check: weights of {len(before)} parameters probed have moved, {step:,} steps counted")
+        moved = sum(not torch.equal(before[name], after[name]) for name in before)
+        say(f"self-check: {moved} of {len(before)} parameters probed have moved, steps counted: {step:,}")
 
     def _probe(self) -> dict[str, Tensor]:
         """Returns some trainable parameters by name, fp32 on the CPU. Collective."""
-        trainable = [(name, p) for name, p in self._engine.model.named_parameters() if p.requires_grad]
+        # A scale that begins at its cap may stay there.
+        trainable = [(n, p) for n, p in self._engine.model.named_parameters() if p.requires_grad and n not in SCALARS]
         chosen = []
         for is_image in (True, False):
             of_tower = [item for item in trainable if item[0].startswith("visual.") == is_image]

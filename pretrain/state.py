@@ -5,12 +5,11 @@ public helpers are not enough for that; what each work-around is for stands besi
 Used by pretrain (checkpoints).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -33,13 +32,10 @@ def gather_weights(engine: Engine) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in engine.model.named_parameters():
-        if engine.config.zero_stage and parameter.requires_grad:
-            value = safe_get_full_fp32_param(parameter)
-        elif engine.config.zero_stage == 3:  # a frozen parameter has no master copy
-            with GatheredParameters([parameter]):
-                value = parameter.detach().clone()
-        else:
-            value = parameter
+        if not parameter.requires_grad:  # has no master copy, and may be rounded or partitioned by now
+            weights[name] = engine.locked[name].clone()
+            continue
+        value = safe_get_full_fp32_param(parameter) if engine.config.zero_stage else parameter
         weights[name] = value.detach().float().cpu().clone().reshape(_shape(parameter))
     persistent = engine.model.state_dict().keys()
     for name, buffer in engine.model.named_buffers():
@@ -50,21 +46,62 @@ def gather_weights(engine: Engine) -> dict[str, Tensor]:
 
 def gather_moments(engine: Engine, step: int) -> dict[str, Tensor]:
     """Returns "exp_avg.NAME" and "exp_avg_sq.NAME" → fp32, on the CPU; complete on every rank. Zeros before step 1."""
-    if step and engine.config.zero_stage in (1, 2):
+    if step:
+        return {f"{kind}.{name}": value for kind in MOMENTS for name, value in gather_states(engine, kind).items()}
+    # There may be no states yet: asking for them raises on some ranks and hangs the others.
+    return {f"{kind}.{name}": torch.zeros(_shape(p)) for kind in MOMENTS for name, p in _trained(engine)}
+
+
+def gather_states(engine: Engine, kind: str) -> dict[str, Tensor]:
+    """Returns name → the optimizer's state of a kind, fp32 on the CPU, of all trained parameters; complete on every rank."""
+    if engine.config.zero_stage in (1, 2):
         _link_optimizer_states(engine)
-    moments: dict[str, Tensor] = {}
-    for name, parameter in engine.model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        for kind in MOMENTS:
-            if not step:  # there are no states yet: asking for them raises on some ranks and hangs the others
-                value = torch.zeros(_shape(parameter))
-            elif engine.config.zero_stage:
-                value = safe_get_full_optimizer_state(parameter, kind)
-            else:
-                value = _plain_optimizer(engine).state[parameter][kind]
-            moments[f"{kind}.{name}"] = value.detach().float().cpu().clone().reshape(_shape(parameter))
-    return moments
+    states: dict[str, Tensor] = {}
+    for name, parameter in _trained(engine):
+        if engine.config.zero_stage:
+            value = safe_get_full_optimizer_state(parameter, kind)
+        else:
+            value = _plain_optimizer(engine).state[parameter][kind]
+        states[name] = value.detach().float().cpu().clone().reshape(_shape(parameter))
+    return states
+
+
+def stepped_tensors(engine: Engine) -> list[Tensor]:
+    """Returns what AdamW steps on: fp32 master weights, at ZeRO 1, 2 and 3 this rank's part of them, flat."""
+    if engine.config.zero_stage == 3:  # AdamW sees one flat partition at a time, only while it steps
+        return list(engine.deepspeed.optimizer.fp32_partitioned_groups_flat)
+    return [tensor for group in _plain_optimizer(engine).param_groups for tensor in group["params"]]
+
+
+def begin_states(engine: Engine, step: int) -> None:
+    """Makes the optimizer's states as AdamW would in its first step, moments of 0, after `step` steps."""
+    optimizer = _plain_optimizer(engine)
+    for tensor in stepped_tensors(engine):
+        optimizer.state[tensor] = {
+            # One tensor each: a shared one would advance once per group. The fused kernel wants it beside the values.
+            "step": torch.tensor(float(step), device=tensor.device),
+            **{kind: torch.zeros_like(tensor, dtype=torch.float32) for kind in MOMENTS},
+        }
+
+
+def set_states(engine: Engine, kind: str, values: Sequence[Tensor]) -> None:
+    """Adds a state of a kind of one's own, one value for each of `stepped_tensors`; AdamW leaves it alone."""
+    for tensor, value in zip(stepped_tensors(engine), values, strict=True):
+        _plain_optimizer(engine).state[tensor][kind] = value
+
+
+def restore_states(engine: Engine, kind: str, values: Mapping[str, Tensor]) -> None:
+    """Puts what `gather_states` gave into the states of a kind, which are there."""
+    if engine.config.zero_stage in (1, 2):
+        _link_optimizer_states(engine)
+    for name, parameter in _trained(engine):
+        value = values[name].to(engine.world.device).reshape(_shape(parameter))
+        if engine.config.zero_stage == 0:
+            _plain_optimizer(engine).state[parameter][kind].copy_(value)
+        elif engine.config.zero_stage == 3:
+            safe_set_local_optimizer_state(parameter, _partition(parameter, value), kind)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
 
 
 def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
@@ -73,38 +110,23 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str,
     `step`: the steps at which AdamW stepped. The model must have been given `weights` before the engine was made: that
     fills buffers and frozen parameters.
     """
-    optimizer = _plain_optimizer(engine)
-    if engine.config.zero_stage == 3:  # AdamW sees one flat partition at a time, only while it steps
-        stepped = engine.deepspeed.optimizer.fp32_partitioned_groups_flat
-    else:
-        stepped = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    for tensor in stepped:
-        optimizer.state[tensor] = {
-            # One tensor each: a shared one would advance once per group. The fused kernel wants it beside the values.
-            "step": torch.tensor(float(step), device=tensor.device),
-            **{kind: torch.zeros_like(tensor, dtype=torch.float32) for kind in MOMENTS},
-        }
-    if engine.config.zero_stage in (1, 2):
-        _link_optimizer_states(engine)
-    for name, parameter in engine.model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        values = [weights[name].reshape(_shape(parameter)), *(moments[f"{kind}.{name}"] for kind in MOMENTS)]
-        master, *of_kind = [value.to(engine.world.device) for value in values]
+    begin_states(engine, step)
+    for name, parameter in _trained(engine):
+        master = weights[name].to(engine.world.device).reshape(_shape(parameter))
         if engine.config.zero_stage == 0:
             parameter.data.copy_(master)
-            for kind, value in zip(MOMENTS, of_kind, strict=True):
-                optimizer.state[parameter][kind].copy_(value.reshape(parameter.shape))
         elif engine.config.zero_stage == 3:
             safe_set_local_fp32_param(parameter, _partition(parameter, master))
-            for kind, value in zip(MOMENTS, of_kind, strict=True):
-                safe_set_local_optimizer_state(parameter, _partition(parameter, value), kind)
         else:
             safe_set_full_fp32_param(parameter, master)
-            for kind, value in zip(MOMENTS, of_kind, strict=True):
-                safe_set_full_optimizer_state(parameter, value, kind)
+    for kind in MOMENTS:
+        restore_states(engine, kind, {name: moments[f"{kind}.{name}"] for name, _ in _trained(engine)})
     if engine.config.zero_stage in (1, 2):
         engine.deepspeed.optimizer.update_lp_params()  # set_fp32 leaves the model's own weights stale
+
+
+def _trained(engine: Engine) -> list[tuple[str, Tensor]]:
+    return [(name, parameter) for name, parameter in engine.model.named_parameters() if parameter.requires_grad]
 
 
 def _plain_optimizer(engine: Engine) -> Any:

@@ -23,6 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eval_suite.datasets import TEMPLATES
+from pretrain.sources import Sources
 from setclip.descriptions import DESCRIPTIONS_NAME, DescriptionTable, read_descriptions
 from setclip.errors import InputError
 from setclip.objects import ObjectTable, object_id, read_objects
@@ -215,16 +216,20 @@ class TextDomains:
         return names[min(bisect_right(bounds, share * bounds[-1]), len(names) - 1)]
 
 
-def make_text_domains(config: TextConfig, folder: Path, parser: str) -> TextDomains | None:
-    """Returns what draws the texts of a run on the shards in `folder`, or None where all of them are captions.
+def make_text_domains(config: TextConfig, folder: Path | Sources, parser: str) -> TextDomains | None:
+    """Returns what draws the texts of a run on the shards of a folder or sources; None where all of them are captions.
 
     `parser`: whose objects the run uses. Raises InputError where descriptions or counts are missing or do not fit.
     """
     if config.is_caption_only:
         return None
-    path = config.descriptions or folder / DESCRIPTIONS_NAME
+    path = config.descriptions or Path(DESCRIPTIONS_NAME)
+    if config.description and config.descriptions is None:
+        path = folder / DESCRIPTIONS_NAME if isinstance(folder, Path) else folder.file(DESCRIPTIONS_NAME)
     described = read_descriptions(path) if config.description else None  # first: it is what may not have been made
-    table = read_objects(folder, parser) if config.choose == "tail" or config.description else None
+    table = None
+    if config.choose == "tail" or config.description:
+        table = read_objects(folder, parser) if isinstance(folder, Path) else folder.objects(parser)
     parts = [f"{100 * config.caption:g}% captions"]
     if config.prompt:
         parts.append(f"{100 * config.prompt:g}% prompts ({len(TEMPLATES[config.templates])} templates)")

@@ -1,13 +1,14 @@
 """How well the hardware is used: model FLOPs, the peak of the device, and memory. Used by the loop.
 
-MFU (model FLOPs utilisation; Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the FLOPs that the model needs by its
-definition, a second, over the device's peak. What is computed twice to save memory (gradient checkpointing, micro-batches with a
-feature cache) does not count, so it compares runs however they are cut up.
+MFU (model FLOPs utilisation; Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the FLOPs that the model needs by
+its definition, a second, over the device's peak. What is computed twice to save memory (gradient checkpointing,
+micro-batches with a feature cache) does not count, so it compares runs however they are cut up.
 """
 
 import multiprocessing
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -33,8 +34,10 @@ PEAK_FLOPS: dict[str, float] = {
     "L40": 181e12,
     "L4": 121e12,
 }
-"""Words of a GPU's name to its bf16 FLOPs a second on tensor cores, dense, by its data sheet; the first that fits is taken."""
+"""Words of a GPU's name to its bf16 FLOPs a second on tensor cores, dense, by its data sheet; the first match is taken.
+"""
 
+_GIVE = " (--log.peak-tflops gives it)"
 _BACKWARD = 2  # times the forward pass: the gradients of inputs and of weights cost one each
 
 
@@ -49,14 +52,16 @@ def peak_flops(name: str) -> float | None:
 def training_flops(model: torch.nn.Module) -> float:
     """Returns the FLOPs of the forward and backward pass of one pair.
 
-    Counted by torch on tensors without content, so the model's weights, buffers and random state stay as they are, and it takes
-    well under a second of a large model. A tower without a trainable weight has a forward pass only; the loss is not counted.
+    Counted by torch on tensors without content, so the model's weights, buffers and random state stay as they are, and
+    it takes well under a second of a large model. A tower without a trainable weight has a forward pass only; the loss
+    is not counted.
     """
     size = image_size_of(model)
     state = {name: value.detach().to("meta") for name, value in (*model.named_parameters(), *model.named_buffers())}
     pairs = 2  # batch norm refuses a single one
     images = torch.empty(pairs, 3, size, size, device="meta")
-    tokens = torch.empty(pairs, model.context_length, dtype=torch.int64, device="meta")
+    length: Any = model.context_length
+    tokens = torch.empty(pairs, length, dtype=torch.int64, device="meta")
     total = 0.0
     for inputs, is_image in (((images, None), True), ((None, tokens), False)):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -80,16 +85,25 @@ class Utilisation:
         return pairs_per_second * self.flops_per_pair / self.peak_flops
 
 
-def utilisation_of(model: torch.nn.Module, precision: str, device: torch.device) -> Utilisation | str:
-    """Returns what MFU is computed from, or why there is none: on CPUs, in fp32, and on GPUs whose peak is not known."""
-    if device.type != "cuda":
-        return "on CPUs"
-    if precision != "bf16":
-        return f"in {precision}: the peaks that are known are those of bf16"
-    name = torch.cuda.get_device_name(device)
-    peak = peak_flops(name)
-    if peak is None:
-        return f"on {name}: its peak is not known (pretrain/throughput.py lists those that are)"
+def utilisation_of(
+    model: torch.nn.Module, precision: str, device: torch.device, peak_tflops: float | None = None
+) -> Utilisation | str:
+    """Returns what MFU is computed from, or why there is none: on CPUs, in fp32, and on GPUs whose peak is not known.
+
+    `peak_tflops`: the peak of one device in 10^12 FLOPs a second, which is then taken as it is.
+    """
+    if peak_tflops is not None:
+        peak: float | None = peak_tflops * 1e12
+    elif device.type != "cuda":
+        return f"on CPUs, whose peak is not known{_GIVE}"
+    elif precision != "bf16":
+        return f"in {precision}: the peaks that are known are those of bf16{_GIVE}"
+    else:
+        name = torch.cuda.get_device_name(device)
+        peak = peak_flops(name)
+        if peak is None:
+            return f"on {name}, whose peak is not known{_GIVE}"
+    assert peak is not None
     try:
         return Utilisation(training_flops(model), peak)
     except (NotImplementedError, RuntimeError) as error:
@@ -97,14 +111,15 @@ def utilisation_of(model: torch.nn.Module, precision: str, device: torch.device)
 
 
 def gpu_memory(device: torch.device) -> int | None:
-    """Returns the bytes that were allocated at most on this rank's GPU since the process began; None on a CPU."""
+    """Returns the most bytes that were allocated on this rank's GPU since the process began; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def host_memory() -> tuple[int, int]:
     """Returns the bytes in memory of (this process, its loader processes together), without pages of files.
 
-    Pages of files are the shards that a process has mapped: they grow with what it reads, and the system takes them back.
+    Pages of files are the shards that a process has mapped: they grow with what it reads, and the system takes them
+    back.
     """
     loaders = [child.pid for child in multiprocessing.active_children()]
     return _resident(psutil.Process()), sum(_resident_of(pid) for pid in loaders if pid is not None)

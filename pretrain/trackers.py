@@ -1,7 +1,8 @@
-"""The figures of a run in TensorBoard and Weights & Biases, beside metrics.jsonl; both only where asked for. Used by the loop.
+"""The figures of a run in TensorBoard and Weights & Biases beside metrics.jsonl, where they are asked for.
 
-Each is given every entry of metrics.jsonl. A resumed run goes on in the same curves: what was written after the checkpoint is
-taken back in TensorBoard; Weights & Biases keeps what it has seen of a step, which an exact resume would only repeat.
+Used by the loop. Each is given every entry of metrics.jsonl. A resumed run goes on in the same curves: what was written
+after the checkpoint is taken back in TensorBoard; Weights & Biases keeps what it has seen of a step, which an exact
+resume would only repeat.
 """
 
 import importlib.util
@@ -47,7 +48,13 @@ class LogConfig:
     wandb: str | None = None
     """Project of Weights & Biases to which they go as well (pip install wandb; WANDB_MODE=offline keeps them here)."""
     report: bool = True
-    """Write report.html into the run folder when the run ends or stops, where it took more than a minute."""
+    """Write report.html into the run folder when the run ends or stops, where it took more than twenty seconds."""
+    peak_tflops: float | None = None
+    """Peak of one device in 10^12 FLOPs a second, for MFU. Default: the bf16 peak of the GPU, where it is known."""
+
+    def __post_init__(self) -> None:
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"--log.peak-tflops must be above 0, found {self.peak_tflops}")
 
 
 class Tracker(Protocol):
@@ -68,7 +75,8 @@ def check_trackers(config: LogConfig) -> None:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise InputError(
-                f"expected the package {package}, found none in this environment; `pip install {package}`, or give {flag}"
+                f"expected the package {package}, found none in this environment; `pip install {package}`, or give "
+                f"{flag}"
             )
 
 
@@ -135,8 +143,8 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             raise InputError(
-                f"expected to begin a run of Weights & Biases in project {project!r}, found: {error}; `wandb login`, set "
-                "WANDB_MODE=offline, or leave --log.wandb out"
+                f"expected to begin a run of Weights & Biases in project {project!r}, found: {error}; `wandb login`, "
+                "set WANDB_MODE=offline, or leave --log.wandb out"
             ) from error
         self._steps = int(self._run.step)
         if self._steps:

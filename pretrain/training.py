@@ -5,21 +5,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.bad_steps import BadSteps, CollapseWatch
 from pretrain.checkpoints import Checkpoints, check_space, checkpoint_to_resume
 from pretrain.config import PretrainConfig
+from pretrain.ema import Ema
 from pretrain.engine import Engine, StepOutcome
 from pretrain.evaluate import Evaluator
 from pretrain.feature_cache import Features
-from pretrain.loader import Batch, Loader, SamplePipeline, automatic_workers, to_device
+from pretrain.loader import Batch, Loader, automatic_workers, to_device
 from pretrain.losses import BatchSets, LossOutput, Moment, ObjectWeights, contrastive_loss, prepare_targets
+from pretrain.machine import share_of_machine
+from pretrain.model_options import build_for_training, with_pretrained_towers
 from pretrain.optim import OptimConfig, learning_rate
-from pretrain.plan import Plan, announce, course_of
-from pretrain.progress import METRICS_NAME, RunLog
-from pretrain.resume import TrainState, read_state
+from pretrain.plan import Plan, announce, course_of, make_pipeline
+from pretrain.progress import METRICS_NAME, RunLog, evaluation_text
+from pretrain.resume import TrainState, read_average, read_state
+from pretrain.retrieved import write_retrieved
 from pretrain.self_check import SelfCheck
 from pretrain.sessions import SessionLog
 from pretrain.side_stream import SideStream
@@ -34,15 +39,14 @@ from setclip import distributed
 from setclip.checkpoint import load_initial_weights
 from setclip.distributed import World
 from setclip.files import remove
-from setclip.hashing import hash_u64
-from setclip.images import MEAN, STD, Augment, normalize
+from setclip.hashing import hash_text, hash_u64
+from setclip.images import MEAN, STD, normalize
 from setclip.log import say, warn
-from setclip.models.clip import build_clip, fit_bias, image_size_of, load_weights, tokenizer_for
+from setclip.models.clip import fit_bias, image_size_of, load_weights
 from setclip.provenance import describe
-from setclip.shards import Shard
 
-REPORT_AFTER_SECONDS = 60.0  # of a run; shorter ones are looked at by `python -m pretrain.report`
-_DROPOUT, _TARGETS = 3, 4  # keep the draws of a step apart from each other and from those of the data
+REPORT_AFTER_SECONDS = 20.0  # of a run; shorter ones are looked at by `python -m pretrain.report`
+_DROPOUT, _TARGETS, _PATCHES = 3, 4, 5  # keep the draws of a step apart from each other and from those of the data
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Start:
     """The checkpoint."""
     weights: dict[str, Tensor] | None = None
     moments: dict[str, Tensor] | None = None
+    average: dict[str, Tensor] | None = None
+    """Moving average of the weights."""
 
     @classmethod
     def anew(cls, plan: Plan, config: PretrainConfig, left_out: tuple[int, ...] = ()) -> "Start":
@@ -73,7 +79,7 @@ def start_of(plan: Plan, config: PretrainConfig, world: World, left_out: tuple[i
     state, weights, moments = read_state(folder, course, config.change)
     _announce_changes(state, course)
     left_out = tuple(sorted({*left_out, *state.left_out}))
-    return Start(replace(state, course=course, left_out=left_out), folder, weights, moments)
+    return Start(replace(state, course=course, left_out=left_out), folder, weights, moments, read_average(folder))
 
 
 def _announce_changes(state: TrainState, course: dict[str, Any]) -> None:
@@ -103,15 +109,16 @@ class Training:
         self.left_out, self.course, self.checkpoint = state.left_out, state.course, start.folder
 
         torch.manual_seed(config.seed)  # the same first weights on every rank
-        model = build_clip(plan.model_cfg)
-        check_space(plan.out, model, config.save)
+        model = build_for_training(plan.model_cfg, config.model)
+        check_space(plan.out, model, config.save, bool(config.ema.decay))
         self._fill(model, start)
-        utilisation = utilisation_of(model, config.engine.precision, world.device)
+        utilisation = utilisation_of(model, config.engine.precision, world.device, config.log.peak_tflops)
         announce(recipe, config, plan, model, state, world)
         self.engine = Engine(model, config.engine, config.optim, plan.local_batch_size, world)
         if start.weights is not None:
             restore(self.engine, start.weights, start.moments or {}, state.applied_steps)
             self.engine.set_step(state.step)
+        self.ema = self._make_ema(start)
         self.loader = self._make_loader(model, state)
         self.evaluator = Evaluator(config.eval, plan.model_cfg, world, config.objects)
         if world.rank == 0:
@@ -127,11 +134,11 @@ class Training:
             utilisation if isinstance(utilisation, Utilisation) else None,
             open_trackers(config.log, plan.out, state.step, configuration.to_dict(config)) if world.rank == 0 else (),
         )
-        if isinstance(utilisation, str) and world.device.type == "cuda":
-            say(f"note: MFU is not logged {utilisation}")
+        if isinstance(utilisation, str):
+            say(f"MFU is not logged {utilisation}")
         self.session = SessionLog(plan.out)
         self.checkpoints = Checkpoints(
-            config.save, plan.out, world, plan.model_cfg, partial(_description, recipe, config, plan)
+            config.save, plan.out, world, plan.model_cfg, partial(_description, recipe, config, plan), self.ema
         )
         self.bad_steps = BadSteps(config.guard, plan.out)
         self.collapse = CollapseWatch(config.guard, config.global_batch_size)
@@ -194,6 +201,8 @@ class Training:
                 self.bad_steps.add(self.step, float(figures[0]), outcome.grad_norm, batch.keys)
             else:
                 self.applied_steps += 1
+                if self.ema is not None:
+                    self.ema.update(self.applied_steps)
                 self.self_check.after_step(self.step, lr)
                 measured = dict(zip((*self.meters, *shares), values, strict=False))
                 self.log.add(self.config.global_batch_size, loss=loss, **measured, grad_norm=outcome.grad_norm)
@@ -211,7 +220,11 @@ class Training:
         images = normalize(data["images"], MEAN, STD)
         sets = BatchSets(data["image_objects"], data["text_objects"], data["text_ids"])
         self.beside.begin()
-        features = self.engine.forward(images, data["tokens"])
+        # A picture keeps the same patches on whatever rank it is.
+        draws = hash_u64(_PATCHES, seed, self.step, np.array([hash_text(key) for key in batch.keys], np.uint64))
+        features = self.engine.forward(
+            images, data["tokens"], torch.from_numpy(draws.view(np.int64)).to(self.world.device)
+        )
         prepared = self.beside.run(partial(prepare_targets, sets, config.loss, self.object_weights))
         self.watchdog.at(self.step + 1, "stepping")
         output: LossOutput = contrastive_loss(
@@ -252,10 +265,13 @@ class Training:
         is_best = False
         if self.evaluator.wanted(step, last) and not is_asked:
             self.watchdog.at(step, "evaluating")
-            found = self.evaluator(gather_weights(self.engine))
+            of_average = self.ema is not None and config.eval.weights == "ema"
+            found = self.evaluator(self.ema.weights() if self.ema and of_average else gather_weights(self.engine))
             self.log.write({"step": step, "samples_seen": self.samples_seen, **found})
             if found:
-                self.log.meter.print_above("  ".join([f"step {step:>7,}", *(f"{k} {v:.3f}" for k, v in found.items())]))
+                self.log.meter.print_above(evaluation_text(step, found))
+            if self.evaluator.retrieved is not None:
+                write_retrieved(self.plan.out, step, self.evaluator.retrieved)
             is_best = self.checkpoints.improves(step, found)
         if last or is_asked or is_time or is_best or self.checkpoints.is_due(step):
             self.watchdog.at(step, "saving")
@@ -285,8 +301,8 @@ class Training:
 
     def _report(self) -> None:
         """Writes the report where the run was long enough to be worth it; a failure is said and ends nothing."""
-        wanted = self.config.log.report and self.session.seconds >= REPORT_AFTER_SECONDS
-        if self.world.rank != 0 or not wanted:
+        is_worth_it = self.session.seconds >= REPORT_AFTER_SECONDS or (self.plan.out / "report.html").exists()
+        if self.world.rank != 0 or not self.config.log.report or not is_worth_it:
             return
         from pretrain.report import write_report  # draws: half a second that no rank should pay at its start
 
@@ -305,6 +321,8 @@ class Training:
         where = self.config.model.pretrained
         if start.weights is not None:
             load_weights(model, start.weights, str(start.folder))
+        elif self.config.model.pretrained_image or self.config.model.pretrained_text:
+            load_weights(model, with_pretrained_towers(self.plan.model_cfg, self.config.model), "the pretrained towers")
         elif where is not None:
             initial, remark = fit_bias(load_initial_weights(where, self.config.model.name), model, where)
             load_weights(model, initial, where)
@@ -314,17 +332,24 @@ class Training:
             if scale > 1.0001 * cap:
                 say(f"note: the scale {scale:g} of {where} is capped at {cap:g} (--optim.max-logit-scale)")
 
+    def _make_ema(self, start: Start) -> Ema | None:
+        """Returns the moving average of the weights, as the checkpoint has it; None where none is asked for."""
+        config = self.config
+        if not config.ema.decay:
+            return None
+        say(config.ema.in_words(config.global_batch_size, self.plan.order.num_samples))
+        ema = Ema(config.ema, self.engine, start.state.applied_steps)
+        if start.average is not None:
+            ema.restore(start.average)
+        elif start.folder is not None:
+            say(f"note: {start.folder} has no moving average: it begins with the weights of step {start.state.step:,}")
+        return ema
+
     def _make_loader(self, model: torch.nn.Module, state: TrainState) -> Loader:
         plan, config, world = self.plan, self.config, self.world
-        pipeline = SamplePipeline(
-            [Shard(plan.folder / shard.name) for shard in plan.shards],
-            Augment(config.data.augment, image_size_of(model)),
-            tokenizer_for(plan.model_cfg),
-            plan.parser,
-            config.seed,
-            plan.texts,
-        )
-        workers = automatic_workers(world.size) if config.data.workers is None else config.data.workers
+        pipeline = make_pipeline(config, plan, image_size_of(model))
+        cores = share_of_machine().cores
+        workers = automatic_workers(cores) if config.data.workers is None else config.data.workers
         return Loader(
             plan.order,
             pipeline,
@@ -352,6 +377,7 @@ def _description(recipe: str, config: PretrainConfig, plan: Plan, state: TrainSt
         "samples_seen": state.samples_seen,
         "epoch": state.samples_seen / plan.order.num_samples,
         "loss": configuration.to_dict(config.loss),
+        **({"ema": configuration.to_dict(config.ema)} if config.ema.decay else {}),
         "data": plan.manifest.identity(),
         "provenance": describe(),
     }

@@ -79,6 +79,20 @@ def save(path: str | Path, config: Any) -> None:
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def flags_of(args: Sequence[str]) -> dict[str, str]:
+    """Returns each flag's last value, by its name without dashes in front, of a command line with a --config file or without.
+
+    For those who need one value of another command's line; nothing is checked. A bare flag has the value "True".
+    """
+    words = _flags_of_file(args) + _without_config(args)
+    found: dict[str, str] = {}
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            found[name.replace("_", "-")] = value if equals else "True" if following.startswith("--") else following
+    return found
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns a config as plain dicts, lists, strings and numbers."""
 

@@ -4,18 +4,18 @@ Everything up to the batch stays uint8 (a quarter of the bytes between processes
 device. Letters: B images, H height, W width.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from setclip.decode import decode_rgb
-from setclip.hashing import hash_u64
+from setclip.decode import decode_rgb, image_size
+from setclip.hashing import hash_numbers
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -76,33 +76,72 @@ class Augment:
         self.config, self.image_size = config, image_size
         self._eval = eval_transform(image_size)
 
+    def decode(self, data: bytes, *words: int) -> Tensor:
+        """Returns the augmented picture of an image file's bytes. Raises DecodeError.
+
+        A JPEG is decoded at a smaller scale where the part of it that is wanted keeps at least the pixels that it gives: the box
+        is drawn on the whole picture, so that it does not depend on the scale.
+        """
+        if self.config.kind != "resized_crop":
+            return self(decode_tensor(data, min_size=self.image_size), *words)
+        width, height = image_size(data)
+        u = _draws(*words)
+        box = _crop_box(height, width, self.config.scale, self.config.ratio, u)
+        needed = self.image_size / min(box[2:])
+        image = decode_tensor(data, min_size=math.ceil(needed * min(height, width)) if needed < 1 else None)
+        return self._crop(image, _scaled(box, height, width, *image.shape[1:]), u)
+
     def __call__(self, image: Tensor, *words: int) -> Tensor:
         """Returns the augmented picture; `words` (seed, epoch, hash of the key) decide the draw."""
         config, size = self.config, self.image_size
-        # Four draws in [0, 1): numpy in one call is far cheaper than seeding torch's generator for each sample.
-        u = hash_u64(*words, np.arange(5)).astype(np.float64) / 2.0**64
+        u = _draws(*words)
         if config.kind == "resized_crop":
-            top, left, height, width = _crop_box(image.shape[1], image.shape[2], config.scale, config.ratio, u)
-            image = F.resized_crop(
-                image, top, left, height, width, [size, size], InterpolationMode.BICUBIC, antialias=True
-            )
-        else:
-            image = self._eval(image)
-            if config.kind == "shift":
-                dy, dx = (int(v * (2 * config.pixels + 1)) for v in u[:2])
-                steps = torch.arange(size) - config.pixels  # beyond the edge the edge repeats
-                image = image[:, (steps + dy).clamp(0, size - 1)][:, :, (steps + dx).clamp(0, size - 1)]
-        return image.flip(2) if config.flip and u[4] < 0.5 else image
+            return self._crop(image, _crop_box(image.shape[1], image.shape[2], config.scale, config.ratio, u), u)
+        image = self._eval(image)
+        if config.kind == "shift":
+            dy, dx = (int(v * (2 * config.pixels + 1)) for v in u[:2])
+            steps = torch.arange(size) - config.pixels  # beyond the edge the edge repeats
+            image = image[:, (steps + dy).clamp(0, size - 1)][:, :, (steps + dx).clamp(0, size - 1)]
+        return self._flip(image, u)
+
+    def _crop(self, image: Tensor, box: tuple[int, int, int, int], u: Sequence[float]) -> Tensor:
+        size = [self.image_size, self.image_size]
+        image = F.resized_crop_image(image, *box, size, InterpolationMode.BICUBIC, antialias=True)
+        return self._flip(image, u)
+
+    def _flip(self, image: Tensor, u: Sequence[float]) -> Tensor:
+        return image.flip(2) if self.config.flip and u[4] < 0.5 else image
+
+
+def _scaled(
+    box: tuple[int, int, int, int], height: int, width: int, new_height: int, new_width: int
+) -> tuple[int, int, int, int]:
+    """Returns a box of a picture in the same picture of another size, at whole pixels."""
+    if (height, width) == (new_height, new_width):
+        return box
+    top, bottom = (round(edge * new_height / height) for edge in (box[0], box[0] + box[2]))
+    left, right = (round(edge * new_width / width) for edge in (box[1], box[1] + box[3]))
+    return top, left, max(1, bottom - top), max(1, right - left)
+
+
+def crop_box(height: int, width: int, config: AugmentConfig, *words: int) -> tuple[int, int, int, int]:
+    """Returns (top, left, height, width) of the part of a picture that `resized_crop` takes for these words."""
+    return _crop_box(height, width, config.scale, config.ratio, _draws(*words))
+
+
+def _draws(*words: int) -> list[float]:
+    """Returns five numbers in [0, 1): far cheaper than seeding torch's generator for each sample."""
+    return [(number >> 11) * 2.0**-53 for number in hash_numbers(5, *words)]
 
 
 def _crop_box(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], u: np.ndarray
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], u: Sequence[float]
 ) -> tuple[int, int, int, int]:
     """Returns (top, left, height, width) of a random crop; a shape that does not fit is cut to the picture."""
     area = height * width * (scale[0] + u[0] * (scale[1] - scale[0]))
-    aspect = np.exp(np.log(ratio[0]) + u[1] * (np.log(ratio[1]) - np.log(ratio[0])))
-    crop_width = min(width, max(1, round(np.sqrt(area * aspect))))
-    crop_height = min(height, max(1, round(np.sqrt(area / aspect))))
+    aspect = math.exp(math.log(ratio[0]) + u[1] * (math.log(ratio[1]) - math.log(ratio[0])))
+    crop_width = min(width, max(1, round(math.sqrt(area * aspect))))
+    crop_height = min(height, max(1, round(math.sqrt(area / aspect))))
     top, left = int(u[2] * (height - crop_height + 1)), int(u[3] * (width - crop_width + 1))
     return top, left, crop_height, crop_width
 

@@ -114,7 +114,7 @@ class Manifest:
         return cls.from_json(content, path)
 
     @classmethod
-    def from_json(cls, content: Any, path: Path) -> "Manifest":
+    def from_json(cls, content: Any, path: Path | str) -> "Manifest":
         """Returns the manifest of its JSON. `path` is for the message of the InputError where it is not ours."""
         try:
             if content.get("format_version") != FORMAT_VERSION:

@@ -158,7 +158,9 @@ def timelines(
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        elif from_zero:
+        elif max(max(line.ys) for line in lines) >= 10_000:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        if from_zero:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.set_ylabel(y_label)

@@ -272,6 +272,11 @@ class Shard:
         return self._index.num_rows
 
     @property
+    def label(self) -> str:
+        """What lists of bad samples call it: the tar's name."""
+        return self.path.name
+
+    @property
     def keys(self) -> list[str]:
         """The samples' keys, in the order of the tar."""
         return self._index.column("key").to_pylist()

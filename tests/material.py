@@ -52,10 +52,10 @@ def sample(number: int, captions: int = 2) -> Sample:
     )
 
 
-def write_shards(folder: Path, sizes: tuple[int, ...] = (20, 13, 31), split: str = "train") -> Path:
-    """Writes one shard of each size, and the manifest."""
+def write_shards(folder: Path, sizes: tuple[int, ...] = (20, 13, 31), split: str = "train", first: int = 0) -> Path:
+    """Writes one shard of each size, and the manifest; the samples are numbered from `first` on."""
     folder.mkdir(parents=True, exist_ok=True)
-    infos, number = [], 0
+    infos, number = [], first
     for shard, size in enumerate(sizes):
         with ShardWriter(folder / f"{split}-{shard:05d}.tar", split=split) as writer:
             for _ in range(size):

@@ -62,7 +62,7 @@ def test_every_gradient_is_that_of_the_undivided_step(config, micro_batches):
     whole, cut = model_for(config).double(), model_for(config).double()
     expected = loss_of(encoder(whole)(images, tokens), objects, text_ids, config)
     expected.backward()
-    cache = FeatureCache(encoder(cut), cut, images, tokens, micro_batches)
+    cache = FeatureCache(encoder(cut), cut, (images, tokens), micro_batches)
     loss = loss_of(cache.features, objects, text_ids, config)
     calls = []
     cache.backward(loss, lambda part, is_last: calls.append(is_last) or part.backward())
@@ -87,7 +87,7 @@ def test_dropped_patches_are_the_same_when_a_micro_batch_is_encoded_again():
         seen.append(features.images.detach())
         return features
 
-    cache = FeatureCache(encode, model, images, tokens, 4)
+    cache = FeatureCache(encode, model, (images, tokens), 4)
     torch.rand(7)  # whatever else is drawn in between
     cache.backward(loss_of(cache.features, objects, text_ids, LossConfig()), lambda part, is_last: part.backward())
     assert len(seen) == 8
@@ -101,7 +101,7 @@ def test_batch_norm_counts_each_micro_batch_once():
     plain, cut = (model_for(LossConfig(), WITH_BATCH_NORM).train() for _ in range(2))
     for i in range(2):
         plain.encode_image(images[8 * i : 8 * i + 8])
-    cache = FeatureCache(encoder(cut), cut, images, tokens, 2)
+    cache = FeatureCache(encoder(cut), cut, (images, tokens), 2)
     assert all(module.num_batches_tracked == 0 for module in batch_norms(cut))
     cache.backward(loss_of(cache.features, objects, text_ids, LossConfig()), lambda part, is_last: part.backward())
     for expected, found in zip(batch_norms(plain), batch_norms(cut), strict=True):

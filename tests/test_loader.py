@@ -1,16 +1,19 @@
 """The loader: the same batches on any number of ranks and workers, bad samples skipped, counted and limited."""
 
+import functools
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
+import simplejpeg
 import torch
 from material import MODEL_CFG, damage_image, write_shards
 
 from pretrain.data_order import DataOrder
 from pretrain.loader import Loader, SamplePipeline, ids_of_texts, to_device
 from setclip.errors import InputError
-from setclip.images import Augment, AugmentConfig
+from setclip.images import Augment, AugmentConfig, decode_tensor
 from setclip.manifest import open_split
 from setclip.models.clip import tokenizer_for
 from setclip.objects import object_id
@@ -18,11 +21,16 @@ from setclip.objects import object_id
 BATCH = 16
 
 
+@functools.cache
+def tokenizer():
+    return tokenizer_for(MODEL_CFG)
+
+
 def loader(folder, rank=0, world_size=1, workers=0, samples_seen=0, skipped=None, lanes=8, augment=None, max_bad=0.05):
     _, shards = open_split(folder, "train")
     order = DataOrder(tuple(map(len, shards)), seed=3, num_lanes=lanes, block_size=4, window_blocks=2)
     augment = Augment(augment or AugmentConfig(kind="resized_crop", scale=(0.5, 1), flip=True), 32)
-    pipeline = SamplePipeline(shards, augment, tokenizer_for(MODEL_CFG), "pos", seed=3)
+    pipeline = SamplePipeline(shards, augment, tokenizer(), "pos", seed=3)
     return Loader(order, pipeline, BATCH // world_size, rank, world_size, workers, samples_seen, skipped, max_bad)
 
 
@@ -159,6 +167,16 @@ def test_each_pair_of_a_batch_has_its_texts_id(folder):
         assert torch.equal(to_device(batch, torch.device("cpu"))["text_ids"], batch.text_ids)
 
 
+def test_the_tokenizer_forgets_words_and_gives_the_same_tokens(folder, monkeypatch):
+    expected = take(loader(folder), 4)
+    monkeypatch.setattr("pretrain.loader._WORDS_KEPT", 3)
+    special = {word for word, pieces in tokenizer().cache.items() if word == pieces}
+    assert special == {"<start_of_text>", "<end_of_text>"}
+    again = take(loader(folder), 4)
+    assert all(torch.equal(one.tokens, two.tokens) for one, two in zip(expected, again, strict=True))
+    assert set(tokenizer().cache) == special
+
+
 def test_without_a_parser_no_sample_has_objects(folder):
     _, shards = open_split(folder, "train")
     order = DataOrder(tuple(map(len, shards)), 0, 8, 4)
@@ -178,6 +196,19 @@ def test_shards_without_the_parsers_objects_say_so(folder):
     pipeline = SamplePipeline(shards, Augment(AugmentConfig(), 32), tokenizer_for(MODEL_CFG), "llm", 0)
     with pytest.raises(InputError, match=r"objects of parser 'llm', found \['pos'\]; .*--objects"):
         take(Loader(order, pipeline, BATCH), 1)
+
+
+def test_a_picture_is_decoded_at_half_its_size_only_where_the_crop_is_not_enlarged():
+    random = np.random.default_rng(0)
+    pixels = np.kron(random.integers(0, 256, (16, 16, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 95)
+    for scale, is_whole in (((0.2, 0.25), True), ((1.0, 1.0), False)):
+        augment = Augment(AugmentConfig(kind="resized_crop", scale=scale, ratio=(1, 1)), 128)
+        for word in range(5):
+            whole, found = augment(decode_tensor(data), word), augment.decode(data, word)
+            assert found.shape == (3, 128, 128)
+            assert torch.equal(whole, found) == is_whole
+            assert (whole.int() - found.int()).abs().float().mean() < 4
 
 
 @pytest.mark.parametrize("kind", ["resized_crop", "shift", "none"])

@@ -86,6 +86,50 @@ def two_ranks(one_rank):
     return on_ranks(2, course, (0, 1, 2, 3), "fp32", one_rank[1]["state"])
 
 
+@pytest.fixture(scope="module")
+def four_ranks():
+    """The same on four ranks, without a resume."""
+    return on_ranks(4, undisturbed, (0, 1, 2, 3))
+
+
+def undisturbed(stages):
+    """Returns, per stage, the losses of six steps and the state after three."""
+    world = distributed.start("cpu")
+    found = {}
+    for stage in stages:
+        engine = make_engine(world, stage, "fp32")
+        losses = train(engine, world, 0, 3)
+        state = gather_weights(engine), gather_moments(engine, 3)
+        found[stage] = {"losses": losses + train(engine, world, 3, 6), "state": state}
+        engine.close()
+    return found
+
+
+def moved(states):
+    """Returns (stage that a state is of, stage to which it goes) → whether it arrived, and the losses of steps 3 to 5.
+
+    `states`: a file, as so many tensors cannot be handed to a process.
+    """
+    world = distributed.start("cpu")
+    found = {}
+    for source, given in torch.load(states).items():
+        for stage in (0, 1, 2, 3):
+            engine = make_engine(world, stage, "fp32", given[0])
+            restore(engine, *given, 3)
+            kept = all(torch.equal(gather_weights(engine)[name], given[0][name]) for name in given[0])
+            kept = kept and all(torch.equal(gather_moments(engine, 3)[name], given[1][name]) for name in given[1])
+            found[source, stage] = kept, train(engine, world, 3, 6)
+            engine.close()
+    return found
+
+
+def check_moved(found, expected):
+    assert len(found) == 16
+    for where, (kept, losses) in found.items():
+        assert kept, where
+        assert losses == pytest.approx(expected[3:], abs=2e-6), where
+
+
 def check_bit_identical(found):
     for stage, run in found.items():
         assert run["state_kept"], stage
@@ -107,8 +151,8 @@ def test_a_resume_is_bit_identical_on_two_ranks_and_in_bf16(world_size, precisio
 
 
 @pytest.mark.slow
-def test_ranks_and_stages_give_the_same_losses(one_rank, two_ranks):
-    for found in (one_rank, *two_ranks):
+def test_ranks_and_stages_give_the_same_losses(one_rank, two_ranks, four_ranks):
+    for found in (one_rank, *two_ranks, *four_ranks):
         for run in found.values():
             assert run["losses"] == pytest.approx(one_rank[0]["losses"], abs=2e-6)
 
@@ -120,6 +164,19 @@ def test_the_state_moves_from_one_rank_to_two_at_any_stage(one_rank, two_ranks):
         for run in found.values():
             assert run["state_kept"]
             assert run["resumed"] == pytest.approx(one_rank[1]["losses"][3:], abs=2e-6)
+
+
+@pytest.mark.slow
+def test_the_state_moves_from_four_ranks_to_two_from_any_stage_to_any(one_rank, four_ranks, tmp_path):
+    torch.save({stage: run["state"] for stage, run in four_ranks[3].items()}, tmp_path / "states")
+    for found in on_ranks(2, moved, tmp_path / "states"):
+        check_moved(found, one_rank[0]["losses"])
+
+
+@pytest.mark.slow
+def test_the_state_moves_from_two_ranks_to_one_from_any_stage_to_any(one_rank, two_ranks, tmp_path):
+    torch.save({stage: run["state"] for stage, run in two_ranks[1].items()}, tmp_path / "states")
+    check_moved(on_ranks(1, moved, tmp_path / "states")[0], one_rank[0]["losses"])
 
 
 def test_a_scale_at_its_cap_can_come_down_but_not_rise():

@@ -109,7 +109,7 @@ def _plant(trouble: Trouble) -> None:
         return called
 
     if trouble.at == "start":
-        training.build_clip = before(training.build_clip)
+        training.build_for_training = before(training.build_for_training)
     elif trouble.at == "reading":
         loader.SamplePipeline.__call__ = before(loader.SamplePipeline.__call__)  # type: ignore[method-assign]
     elif trouble.at == "step":

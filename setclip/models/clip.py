@@ -73,21 +73,64 @@ def fit_bias(weights: Mapping[str, Tensor], model: torch.nn.Module, where: str) 
     return fitted, None
 
 
-def build_clip(model_cfg: Mapping[str, Any], scalar_logit_scale: bool = False) -> torch.nn.Module:
+def build_clip(
+    model_cfg: Mapping[str, Any],
+    scalar_logit_scale: bool = False,
+    pretrained_image: bool = False,
+    pretrained_text: bool = False,
+) -> torch.nn.Module:
     """Returns a freshly initialised CLIP (or CustomTextCLIP) in fp32 from an open_clip configuration.
 
-    No weights are fetched. Draws from torch's global generator. `scalar_logit_scale` gives open_clip's own shape.
+    Draws from torch's global generator. `scalar_logit_scale` gives open_clip's own shape. No weights are fetched but for a tower
+    of timm or Hugging Face that is to be pretrained. Raises InputError where a tower is not known or cannot be fetched.
     """
     config: dict[str, Any] = copy.deepcopy(dict(model_cfg))
     custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     if "multimodal_cfg" in config:
         raise InputError("expected a CLIP model, found a CoCa one (multimodal_cfg); choose a model without a decoder")
-    config["vision_cfg"]["timm_model_pretrained"] = False
-    config["text_cfg"]["hf_model_pretrained"] = False
+    config["vision_cfg"]["timm_model_pretrained"] = pretrained_image
+    config["text_cfg"]["hf_model_pretrained"] = pretrained_text
     kind = open_clip.model.CustomTextCLIP if custom_text else open_clip.model.CLIP
-    model = kind(**config, nonscalar_logit_scale=not scalar_logit_scale)
+    try:
+        model = kind(**config, nonscalar_logit_scale=not scalar_logit_scale)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise _cannot_build(config, error) from error
     model.output_dict = False
+    _fit_to_config(model, config)
     return model
+
+
+def _cannot_build(config: Mapping[str, Any], error: Exception) -> InputError:
+    timm_name, text_name = (
+        config[c].get(n) for c, n in (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name"))
+    )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, OSError):  # what huggingface_hub and transformers raise
+        return InputError(
+            f"expected the text tower {text_name!r} or weights of {timm_name or text_name!r} in Hugging Face's cache or on the "
+            f"Hub, found neither ({reason}); fetch them once where there is a network (`hf download NAME`) and share its "
+            "cache (HF_HOME), or give the folder of a model as hf_model_name and hf_tokenizer_name"
+        )
+    towers = [f"timm's {timm_name!r}"] if timm_name else []
+    towers += [f"Hugging Face's {text_name!r}"] if text_name else []
+    return InputError(
+        f"expected a model that open_clip can build, found that it cannot ({reason}); its towers are "
+        f"{' and '.join(towers) or 'its own'}: look at vision_cfg and text_cfg"
+    )
+
+
+def _fit_to_config(model: torch.nn.Module, config: Mapping[str, Any]) -> None:
+    """Checks the size of a timm tower, which open_clip takes as timm has it, and sets the texts' length, which it forgets."""
+    trunk: Any = getattr(model.visual, "trunk", None)
+    own = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    wanted = image_size_of(model)
+    if own is not None and tuple(own) != (wanted, wanted) and getattr(trunk.patch_embed, "strict_img_size", True):
+        raise InputError(
+            f"expected pictures of {own[0]} pixels for timm's {config['vision_cfg']['timm_model_name']!r}, found image_size "
+            f"{wanted} in vision_cfg; set it to {own[0]}, or name a model of timm's for {wanted} pixels"
+        )
+    if config["text_cfg"].get("hf_model_name"):
+        model.context_length = config["text_cfg"].get("context_length", 77)
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
@@ -127,7 +170,14 @@ def tokenizer_for(config: Mapping[str, Any]) -> Any:
     length = text.get("context_length", 77)
     if name := text.get("hf_tokenizer_name"):
         kwargs = text.get("tokenizer_kwargs") or {}
-        return open_clip.tokenizer.HFTokenizer(
-            name, context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **kwargs
-        )
+        try:
+            return open_clip.tokenizer.HFTokenizer(
+                name, context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **kwargs
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"expected the tokenizer {name!r} in Hugging Face's cache, on the Hub or in a folder of that name, found none "
+                f"({str(error).strip().splitlines()[0]}); fetch it once where there is a network (`hf download {name}`) and "
+                "share its cache (HF_HOME), or give a folder as hf_tokenizer_name"
+            ) from error
     return open_clip.tokenizer.SimpleTokenizer(context_length=length)
