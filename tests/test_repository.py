@@ -154,7 +154,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("module", commands())
 def test_a_command_says_how_it_is_run(module):
     documentation = ast.get_docstring(ast.parse(our_modules()[module].read_text(encoding="utf-8"))) or ""
-    assert f"python -m {module}" in documentation
+    assert re.search(rf"(python |torchrun .*)-m {re.escape(module)}\b", documentation)
 
 
 def test_the_file_tree_of_the_readme_names_every_package_and_no_other_file():
