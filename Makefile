@@ -21,7 +21,7 @@ PIP_FLAGS := $(if $(INDEX_URL),--index-url $(INDEX_URL)) $(if $(EXTRA_INDEX_URL)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install img2dataset open-clip vllm demo test test-llm check clean
+.PHONY: help install img2dataset open-clip vllm demo test test-llm test-slurm check clean
 
 help: ## list the targets
 	@echo "Setclip. Targets:"
@@ -52,6 +52,10 @@ test: $(VENV)/.installed img2dataset open-clip ## run all tests that need only P
 
 test-llm: vllm ## run the tests with the real vLLM, which `make test` leaves out
 	@$(BIN)/python -m pytest -m "llm and not soak" --numprocesses 2 --dist loadgroup $(PYTEST_FLAGS)
+
+test-slurm: $(VENV)/.installed ## run the tests of the job scripts on a real Slurm of two virtual nodes (needs root and Debian)
+	@$(BIN)/python tests/slurm_cluster.py install
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(PYTEST_FLAGS)
 
 check: $(VENV)/.installed ## lint, format check and types
 	@$(BIN)/ruff check .

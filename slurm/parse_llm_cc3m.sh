@@ -1,0 +1,8 @@
+#!/bin/bash
+#SBATCH --job-name=parse_llm_cc3m --array=0-3 --ntasks=1 --cpus-per-task=8 --mem=64G --gpus-per-node=1 --time=1-00
+#SBATCH --open-mode=append --requeue --signal=B:USR1@60 --output=slurm/logs/%x-%A_%a.log
+# Has a language model name the objects of CC3M, an engine a task: sbatch slurm/parse_llm_cc3m.sh [FLAGS of python -m data_prep.parse_llm]
+# and then writes them: sbatch --dependency=afterok:ID --array=0 --gpus-per-node=0 slurm/parse_llm_cc3m.sh merge
+# shellcheck source=slurm/common.sh
+source "${SETCLIP_HOME:-${SLURM_SUBMIT_DIR:-.}}/slurm/common.sh" || exit 2
+ask parse_llm cc3m "$@"

@@ -1,0 +1,133 @@
+#!/bin/bash
+# Submits all stages of a corpus as one chain of jobs, each after the one before; run again, only what is neither done nor queued.
+#
+#     slurm/pipeline.sh cc12m                          # download, preparation, language model, pretraining, evaluation
+#     PRETRAIN_SBATCH=--nodes=4 slurm/pipeline.sh cc12m
+#     slurm/pipeline.sh cc12m --dry-run                # says what it would submit
+#
+# Corpora: cc3m, cc12m, yfcc15m. What the chain does, and options for its stages: slurm/site.env. `python -m setclip.jobs` shows it.
+set -euo pipefail
+SETCLIP_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export SETCLIP_HOME
+cd "$SETCLIP_HOME"
+# shellcheck source=slurm/site.env
+source "${SETCLIP_SITE:-slurm/site.env}"
+
+name=${1:-} dry=
+[[ ${2:-} == --dry-run ]] && dry=1
+if [[ ! -e slurm/pretrain_$name.sh || -z $name || ($# -gt 1 && -z $dry) ]]; then
+    echo "error: expected a corpus (cc3m, cc12m, yfcc15m) and perhaps --dry-run, found: ${*:-nothing}" >&2
+    exit 2
+fi
+corpus=$name
+[[ $name == yfcc15m ]] && corpus=yfcc15m-$YFCC15M
+data=$SETCLIP_DATA/$corpus run=$RUNS/$corpus
+chain=slurm/logs/chain-$name
+
+# --- the plan: stage, a tab, and the place that shows whether it is done
+
+stages=(fetch prepare merge)
+if [[ $LLM_MODEL ]]; then
+    stages+=(parse_llm parse_llm_merge describe describe_merge)
+else
+    echo "note: no language model (LLM_MODEL in slurm/site.env): objects are the parser's, and there are no descriptions"
+fi
+stages+=(pretrain)
+IFS=';' read -r -a evaluations <<<"$EVALUATIONS"
+results=()
+for words in "${evaluations[@]}"; do
+    read -r -a words <<<"$words"
+    ((${#words[@]})) || continue
+    stages+=("evaluate:${words[0]}${words[1]:+-${words[1]}}")
+    results+=("$run/results/${words[0]}${words[1]:+-${words[1]}}.json")
+done
+{
+    evaluation=0
+    for stage in "${stages[@]}"; do
+        case $stage in
+        fetch) place=$RAW/$corpus ;;
+        pretrain) place=$run ;;
+        evaluate:*) place=${results[evaluation++]} ;;
+        *) place=$data ;;
+        esac
+        printf '%s\t%s\n' "$stage" "$place"
+    done
+} >"$chain.tsv"
+
+# --- the jobs
+
+declare -A state=() job=()
+while IFS=$'\t' read -r stage found id; do
+    state[$stage]=$found job[$stage]=$id
+done < <("$PYTHON" -m setclip.jobs "$name" --plain True)
+((${#state[@]})) || exit 2
+
+after= # the job that the next one waits for
+submit() { # STAGE SETTINGS OPTIONS... -- SCRIPT ARGUMENTS...
+    local stage=$1 prefix=$2 options=() words id variable
+    shift 2
+    case ${state[$stage]} in
+    done)
+        printf '%-28s done\n' "$stage"
+        after=
+        return
+        ;;
+    running | waiting)
+        printf '%-28s job %-8s %s already\n' "$stage" "${job[$stage]}" "${state[$stage]}"
+        after=${job[$stage]}
+        return
+        ;;
+    esac
+    while [[ $1 != -- ]]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    variable=${prefix}_SBATCH
+    read -r -a words <<<"${!variable:-}"
+    options+=(${words[@]+"${words[@]}"})
+    [[ -z $after ]] || options+=("--dependency=afterok:$after")
+    variable=${prefix}_ARGS
+    read -r -a words <<<"${!variable:-}"
+    if [[ $dry ]]; then
+        echo "sbatch --kill-on-invalid-dep=yes ${options[*]} $* ${words[*]:-}"
+        after=$stage
+        return
+    fi
+    id=$(sbatch --parsable --kill-on-invalid-dep=yes "${options[@]}" "$@" ${words[@]+"${words[@]}"})
+    id=${id%%;*}
+    printf '%s\t%s\n' "$stage" "$id" >>"$chain.jobs"
+    printf '%-28s job %-8s %s\n' "$stage" "$id" "${after:+after $after}"
+    after=$id
+}
+
+cpu_job=()
+[[ -z $CPU_PARTITION ]] || cpu_job=("--partition=$CPU_PARTITION")
+no_gpu=(--gpus-per-node=0)
+gpu_job=()
+[[ $SETCLIP_DEVICE != cpu ]] || gpu_job=("${no_gpu[@]}")
+
+evaluation=0
+for stage in "${stages[@]}"; do
+    case $stage in
+    fetch) submit fetch FETCH "${cpu_job[@]}" -- "slurm/fetch_$name.sh" ;;
+    prepare) submit prepare PREPARE "${cpu_job[@]}" -- "slurm/prepare_$name.sh" ;;
+    merge) submit merge MERGE "${cpu_job[@]}" --array=0 "--job-name=merge_$name" -- "slurm/prepare_$name.sh" merge ;;
+    parse_llm | describe) submit "$stage" "${stage^^}" -- "slurm/${stage}_$name.sh" ;;
+    parse_llm_merge | describe_merge)
+        script=${stage%_merge}
+        submit "$stage" MERGE "${cpu_job[@]}" "${no_gpu[@]}" --array=0 "--job-name=${stage}_$name" -- "slurm/${script}_$name.sh" merge
+        ;;
+    pretrain)
+        submit pretrain PRETRAIN "${gpu_job[@]}" -- "slurm/pretrain_$name.sh"
+        trained=$after
+        ;;
+    evaluate:*)
+        after=$trained # each waits for the training alone
+        read -r -a words <<<"${evaluations[evaluation]}"
+        submit "$stage" EVALUATE "${gpu_job[@]}" "--job-name=evaluate_$name" -- slurm/evaluate.sh "${words[@]}" \
+            --checkpoint "$run" --out "${results[evaluation++]}"
+        ;;
+    esac
+done
+[[ $dry ]] || echo "state: $PYTHON -m setclip.jobs $name"

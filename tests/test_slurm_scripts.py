@@ -1,0 +1,190 @@
+"""The job scripts by themselves, and what `setclip.jobs` tells of a chain, without a Slurm."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from setclip.errors import InputError
+from setclip.jobs import QueuedTask, states_of, table
+
+SCRIPTS = Path(__file__).parents[1] / "slurm"
+CORPORA = ("cc3m", "cc12m", "yfcc15m")
+STAGES = ("fetch", "prepare", "parse_llm", "describe", "pretrain")
+JOBS = [*(f"{stage}_{name}" for stage in STAGES for name in CORPORA), "finetune", "evaluate"]
+
+
+def test_shellcheck_finds_nothing_in_any_script():
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    # The thin ones all read common.sh: once is enough.
+    thick = [SCRIPTS / name for name in ("common.sh", "pipeline.sh", "rank.sh")]
+    thin = [SCRIPTS / f"{name}.sh" for name in JOBS]
+    assert {*thick, *thin} == set(SCRIPTS.glob("*.sh"))
+    for words in (["--external-sources", *thick], ["--exclude=SC1091", *thin]):
+        found = subprocess.run([shellcheck, *words], cwd=SCRIPTS.parent, capture_output=True, text=True)
+        assert (found.returncode, found.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_script_holds_resources_and_one_call(name):
+    path = SCRIPTS / f"{name}.sh"
+    text = path.read_text()
+    assert os.access(path, os.X_OK)
+    assert len(text.splitlines()) <= 12
+    assert '"$@"' in text, "arguments are forwarded"
+    for needed in ("--time=", "--requeue", "--open-mode=append", "--signal=B:USR1@", "--output=slurm/logs/%x-"):
+        assert needed in text
+    assert not re.search(r"--(partition|account|qos)", text), "these are the site's"
+
+
+def test_a_script_outside_of_a_job_says_how_to_submit_it():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    found = subprocess.run(
+        ["bash", SCRIPTS / "fetch_cc3m.sh"], cwd=SCRIPTS.parent, capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 2
+    assert "expected a Slurm job, found none; submit it: sbatch" in found.stderr
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A checkout with the scripts alone, on a cluster whose queue is empty."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/squeue").chmod(0o755)
+    shutil.copytree(
+        SCRIPTS, tmp_path / "slurm", ignore=lambda folder, names: names if Path(folder).name == "logs" else []
+    )
+    (tmp_path / "slurm/logs").mkdir(exist_ok=True)
+    return tmp_path
+
+
+def pipeline(home, *words, **more):
+    environment = {**os.environ, "PYTHON": sys.executable, "PATH": f"{home}/bin:{os.environ['PATH']}", **more}
+    environment.pop("SETCLIP_DATA", None)
+    return subprocess.run([home / "slurm/pipeline.sh", *words], capture_output=True, text=True, env=environment)
+
+
+def test_the_whole_chain_is_planned_stage_after_stage(home):
+    said = pipeline(
+        home, "yfcc15m", "--dry-run", LLM_MODEL="some/model", EVALUATIONS="zeroshot imagenet; retrieval coco"
+    )
+    assert said.stderr == ""
+    lines = said.stdout.splitlines()
+    assert all(line.startswith("sbatch --kill-on-invalid-dep=yes ") for line in lines)
+    after = [match[1] if (match := re.search(r"--dependency=afterok:(\S+)", line)) else None for line in lines]
+    stages = ["fetch", "prepare", "merge", "parse_llm", "parse_llm_merge", "describe", "describe_merge"]
+    assert after == [None, *stages, "pretrain", "pretrain"]
+    assert lines[-1].split("slurm/evaluate.sh ")[1].split()[:4] == [
+        "retrieval",
+        "coco",
+        "--checkpoint",
+        "runs/yfcc15m-clip",
+    ]
+    assert "--gpus-per-node=0" in lines[4]
+    assert "slurm/parse_llm_yfcc15m.sh merge" in lines[4]
+
+
+def test_a_stage_whose_files_are_there_is_not_submitted_again(home):
+    data = home / "data/cc12m"
+    data.mkdir(parents=True)
+    (data / "manifest.json").write_text('{"parsers": {"pos": "1"}}')
+    said = pipeline(home, "cc12m", "--dry-run", PRETRAIN_SBATCH="--nodes=4", PRETRAIN_ARGS="--optim.lr 1e-3").stdout
+    assert "no language model" in said
+    assert re.search(r"^prepare +done$", said, re.MULTILINE)
+    assert re.search(r"^sbatch .* --nodes=4 slurm/pretrain_cc12m.sh --optim.lr 1e-3$", said, re.MULTILINE), (
+        "waits for nothing"
+    )
+
+
+def test_an_unknown_corpus_is_refused(home):
+    said = pipeline(home, "cc13m")
+    assert said.returncode == 2
+    assert "expected a corpus (cc3m, cc12m, yfcc15m)" in said.stderr
+
+
+# --- the state of a chain
+
+BEGUN = "=== {name}, job {job}, attempt {attempt}, on node1, commit abc, 2026-11-21 17:00:00 UTC: python -m something\n"
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """A chain of which the preparation runs, and a training that has been stopped once."""
+    logs, run, data = tmp_path / "logs", tmp_path / "run", tmp_path / "data"
+    for folder in (logs, run, data / ".parts"):
+        folder.mkdir(parents=True)
+    places = {
+        "fetch": tmp_path / "raw",
+        "prepare": data,
+        "merge": data,
+        "pretrain": run,
+        "evaluate:retrieval-a": run / "results/a.json",
+    }
+    (logs / "chain-a.tsv").write_text("".join(f"{stage}\t{place}\n" for stage, place in places.items()))
+    (logs / "chain-a.jobs").write_text("fetch\t1\nprepare\t2\nmerge\t3\npretrain\t9\npretrain\t4\n")
+    (logs / "fetch_a-1.log").write_text(
+        BEGUN.format(name="fetch_a", job=1, attempt=2)
+        + "downloading: 1,200/5,000 samples, 40 samples/s, 1 min 35 s left, some note\n"
+        "error: no network\n=== ended with status 2 in\n"
+    )
+    (data / ".parts/plan.json").write_text(json.dumps({"units": ["a", "b", "c"]}))
+    (data / ".parts/000001").mkdir()
+    for task, ending in enumerate(("=== ended with status 0 in", "packing: 1/2 inputs, 0.1 inputs/s")):
+        (logs / f"prepare_a-2_{task}.log").write_text(
+            BEGUN.format(name="prepare_a", job=f"2_{task}", attempt=1) + ending + "\n"
+        )
+    facts = {"event": "start", "step": 0, "time": 1.0, "total_steps": 400}
+    (run / "sessions.jsonl").write_text(json.dumps(facts) + "\n")
+    entry = {"step": 100, "samples_per_second": 1000.0, "seconds_per_step": 0.5}
+    (run / "metrics.jsonl").write_text(json.dumps(entry) + '\n{"step": 10')
+    (logs / "pretrain_a-4.log").write_text(BEGUN.format(name="pretrain_a", job=4, attempt=2) + "ValueError: x\n")
+    return logs
+
+
+def test_each_stage_tells_state_progress_rate_time_left_and_last_error(chain):
+    queue = [
+        QueuedTask("2", "RUNNING", "None"),
+        QueuedTask("3", "PENDING", "Dependency"),
+        QueuedTask("4", "RUNNING", "None"),
+    ]
+    states = {state.stage: state for state in states_of("a", chain, queue)}
+    assert {name: state.state for name, state in states.items()} == {
+        "fetch": "failed",
+        "prepare": "running",
+        "merge": "waiting",
+        "pretrain": "running",
+        "evaluate:retrieval-a": "not submitted",
+    }
+    fetch, prepare, training = states["fetch"], states["prepare"], states["pretrain"]
+    assert (fetch.progress, fetch.rate, fetch.left) == (
+        "downloading 1,200 of 5,000 samples; attempt 2",
+        "40 samples/s",
+        "1 min 35 s",
+    )
+    assert fetch.error == "error: no network"
+    assert prepare.progress == "1 running, 1 done; 1 of 3 inputs"
+    assert (training.job, training.progress) == ("4", "step 100 of 400 (25%); attempt 2")
+    assert (training.rate, training.left, training.error) == ("1,000 samples/s", "2 min 30 s", "ValueError: x")
+    assert states["merge"].progress == "Dependency"
+    shown = table(list(states.values()))
+    assert shown.splitlines()[0].split() == ["stage", "state", "job", "progress", "rate", "left"]
+    assert "fetch (job 1): error: no network" in shown
+
+
+def test_a_job_that_went_without_a_word_is_not_taken_for_done(chain):
+    states = {
+        state.stage: state for state in states_of("a", chain, [QueuedTask("3", "PENDING", "DependencyNeverSatisfied")])
+    }
+    assert states["merge"].state == "failed"
+    assert "cancelled, or its node failed" in states["merge"].error
+
+
+def test_a_chain_that_was_never_submitted_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"expected a chain b at \S+, found none; submit it: slurm/pipeline.sh b"):
+        states_of("b", tmp_path, [])
