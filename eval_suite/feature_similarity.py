@@ -16,7 +16,8 @@ from eval_suite.set_scores import set_scores
 from setclip.errors import InputError
 from setclip.log import say, warn
 from setclip.lookup import look_up
-from setclip.similarity import SIMILARITIES, SetSimilarity, make_similarity
+from setclip.models.matching import MATCHINGS, make_matching
+from setclip.similarity import SetSimilarity
 
 OF_SETS = "smooth_chamfer"
 """What compares sets where nothing is named."""
@@ -70,7 +71,7 @@ def similarity_named(
     name = asked or own_name or (OF_SETS if options else None)  # which single vectors have no options for
     if name is None:
         return None, {}
-    is_own = own_name is not None and look_up(SIMILARITIES, name, "similarity") is SIMILARITIES.get(own_name)
+    is_own = own_name is not None and look_up(MATCHINGS, name, "similarity") is MATCHINGS.get(own_name)
     return name, {**(named if is_own else {}), **options}
 
 
@@ -110,7 +111,7 @@ def mask_of(sets: Tensor) -> Tensor | None:
 
 
 def _made(name: str, options: Mapping[str, Any]) -> SetSimilarity:
-    similarity = make_similarity(name, **options)
+    similarity = make_matching(name, **options)
     untold = [each for each, _ in similarity.named_parameters() if each not in options]
     if untold:
         values = ", ".join(f"{each} = {getattr(similarity, each).item():g}" for each in untold)

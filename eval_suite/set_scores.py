@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eval_suite.metrics import Score, dot_scores
+from setclip.models.matching import score_matrix
 from setclip.similarity.base import GridSimilarity, SetSimilarity, VectorSimilarity
 from setclip.similarity.blocks import Tiles
 
@@ -23,9 +24,10 @@ def set_scores(
 ) -> Score:
     """Returns the Score of image sets (rows), (Ni, Ki, D), with text sets (columns), (Nt, Kt, D), as `forward` takes them.
 
-    Similarities of one vector a set are `dot_scores` of those vectors: sums in float64, rounded. The others are made in
+    Similarities of one vector a set are `dot_scores` of those vectors: sums in float64, rounded. Those of a grid are made in
     float32, in fixed tiles, as `similarity_matrix` does. Where all scores fit into `keep_bytes` each tile is made once
-    and kept, since counting ranks asks for many twice; else it is made whenever it is asked for.
+    and kept, since counting ranks asks for many twice; else it is made whenever it is asked for. Matching of fragments is
+    made whenever it is asked for, too.
     """
     if isinstance(similarity, VectorSimilarity):
         images, texts = similarity.checked(image_sets, text_sets, image_mask, text_mask)
@@ -37,11 +39,34 @@ def set_scores(
             return dots
         of_pair = divisor.float().cpu().expand(len(images), len(texts))
         return lambda rows, columns: dots(rows, columns) / of_pair[rows, columns]
-    assert isinstance(similarity, GridSimilarity)
+    if not isinstance(similarity, GridSimilarity):
+        return _fragment_scores(similarity, image_sets, text_sets, image_mask, text_mask)
     tiles = Tiles(similarity, image_sets, text_sets, image_mask, text_mask)
     if 4 * len(image_sets) * len(text_sets) > keep_bytes:
         return lambda rows, columns: tiles.scores(rows, columns).cpu()
     return _Kept(tiles)
+
+
+def _fragment_scores(
+    similarity: SetSimilarity,
+    image_sets: Tensor,
+    text_sets: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+) -> Score:
+    """Returns the Score of fragment matching, made whenever it is asked for, in blocks that memory can hold.
+
+    An image or a text is compared by itself, so that only the rounding of sums can differ between blocks.
+    """
+    similarity.eval()
+
+    def score(rows: slice, columns: slice) -> Tensor:
+        with torch.no_grad():
+            mask = None if image_mask is None else image_mask[rows]
+            other = None if text_mask is None else text_mask[columns]
+            return score_matrix(similarity, image_sets[rows], text_sets[columns], mask, other).cpu()
+
+    return score
 
 
 class _Kept:

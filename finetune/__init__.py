@@ -1,1 +1,1 @@
-"""Fine-tuning for retrieval: losses over scores of sets (`losses`)."""
+"""Fine-tuning for retrieval: set heads on a pretrained model. `run` is the command, `training` the loop, `losses` the losses."""

@@ -309,7 +309,9 @@ class Training:
         try:
             say(f"report: {write_report([self.plan.out])}")
         except Exception as error:
-            warn(f"report.html could not be written ({error}); the run is whole, `python -m pretrain.report` makes it later")
+            warn(
+                f"report.html could not be written ({error}); the run is whole, `python -m pretrain.report` makes it later"
+            )
 
     def _state(self) -> TrainState:
         return TrainState(

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from setclip import distributed
 
 # The processes are forked from one that has imported this already, and has nothing else of the tests' process.
-mp.set_forkserver_preload(["setclip", "pretrain.run", "eval_suite.retrieval", "eval_suite.zeroshot"])
+mp.set_forkserver_preload(["setclip", "pretrain.run", "eval_suite.retrieval", "eval_suite.zeroshot", "finetune.run"])
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

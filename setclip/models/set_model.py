@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from setclip.errors import InputError
@@ -54,7 +53,11 @@ class SetModel(nn.Module):
         norm = getattr(self.pair.text, "norm", "cos")
         if norm == "l2":
             self.inferences = ("hybrid",)
-        if self.inference not in self.inferences or (name == "dhset_fragment" and self.inference == "set") or norm == "none":
+        if (
+            self.inference not in self.inferences
+            or (name == "dhset_fragment" and self.inference == "set")
+            or norm == "none"
+        ):
             raise InputError(
                 f"expected of head {name} an inference from unit vectors alone, found inference {self.inference} with norm "
                 f"{norm}, for which evaluation needs more than they hold; take hybrid with norm cos"
@@ -110,7 +113,7 @@ class SetModel(nn.Module):
         if self.settings.name == "dhset":
             return {"name": "cosine"} if inference == "hybrid" else {"name": "dhset_set"}
         if self.settings.name == "dhset_fragment":
-            scale = float(self.pair.similarity.scale.detach())  # type: ignore[operator, union-attr]
+            scale = float(self.pair.similarity.scale.detach())  # type: ignore[operator]
             return {"name": "dhset_fragment", "num_elements": 1, "scale": scale, "learns_scale": False}
         name = self.settings.similarity or HEADS[self.settings.name].similarity
         return {"name": name, **self.settings.similarity_options, **learned}
@@ -142,9 +145,3 @@ def _pair(backbone: Backbone, settings: HeadSettings) -> HeadPair:
         settings.similarity_options,
         "set",
     )
-
-
-@torch.no_grad()
-def count_parameters(model: nn.Module) -> int:
-    """Returns how many numbers a module learns or could learn."""
-    return sum(parameter.numel() for parameter in model.parameters())

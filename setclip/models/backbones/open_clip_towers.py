@@ -5,7 +5,9 @@ the same in all and is left out; the one that ends it, which carries a causal to
 Used through the dict of `setclip.models.backbones`. Letters: B samples, N places, E width, L text tokens.
 """
 
-from collections.abc import Mapping
+import functools
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ class OpenClipTowers(Backbone):
         self.model_cfg, self.maps = dict(model), maps
         self.clip: Any = build_clip(model, scalar_logit_scale=True)
         self.image_size = image_size_of(self.clip)
-        self.tokenizer = tokenizer_for(model)
+        self.tokenizer = _tokenizer(json.dumps(model["text_cfg"]))
         tower = self.visual
         if isinstance(tower, VisionTransformer):
             if tower.pool_type == "none" and tower.attn_pool is None:
@@ -40,7 +42,9 @@ class OpenClipTowers(Backbone):
                 )
             tower.output_tokens = True
         elif not isinstance(tower, ModifiedResNet | TimmModel):
-            raise InputError(f"expected a tower of open_clip or timm, found {type(tower).__name__}; choose another model")
+            raise InputError(
+                f"expected a tower of open_clip or timm, found {type(tower).__name__}; choose another model"
+            )
         if not 1 <= maps <= 3 or (maps > 1 and not isinstance(tower, ModifiedResNet)):
             raise InputError(
                 f"expected 1 to 3 maps of a convolutional tower of open_clip, found {maps} of {type(tower).__name__}; take 1"
@@ -149,8 +153,16 @@ class OpenClipTowers(Backbone):
             self.scales = [(side, side) for side in sides]
 
 
+@functools.cache
+def _tokenizer(text_cfg: str) -> Callable[[list[str]], Tensor]:
+    """Returns the tokenizer of a configuration as JSON: one for all towers of a process, as it takes half a second to make."""
+    return tokenizer_for({"text_cfg": json.loads(text_cfg)})
+
+
 def _words_there(tokens: Tensor, how: str, pad: int) -> Tensor:
-    """Returns (B, L) bool, True up to the token that ends a text (CLIP's is the highest number), or else at what is no padding."""
+    """Returns (B, L) bool, True up to the token that ends a text, CLIP's being the highest number, or else at what is no
+    padding.
+    """
     if how == "argmax":
         places = torch.arange(tokens.shape[1], device=tokens.device)
         return places <= tokens.argmax(1, keepdim=True)

@@ -1,0 +1,268 @@
+"""Fine-tunes a pretrained model for retrieval: frozen or learning towers, and a head that makes sets of embeddings.
+
+    python -m finetune.run --head slot --model runs/photos --data data/photos --hold-out 1000 --out runs/ft
+    python -m finetune.run photos --head dhset                    # a recipe's values are the defaults of the flags
+    python -m finetune.run photos --head slot --seeds 3           # mean and standard deviation of three runs
+    torchrun --nproc-per-node 8 -m finetune.run --head slot --dataset coco --ranks 8
+
+The checkpoint is chosen on validation data, never on test data. The run folder holds config.yaml, metrics.jsonl, checkpoints/ and
+results.json; `python -m eval_suite.retrieval --checkpoint RUN` (and embed, index, diagnostics) take the chosen checkpoint.
+
+Asked to stop (SIGTERM or SIGUSR1 on any rank), all ranks save at the same step and the command exits with status 75;
+--resume True goes on. docs/finetuning.md tells the rest.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from eval_suite.model import model_to_evaluate
+from eval_suite.results import Results, markdown_table
+from finetune.config import FinetuneConfig
+from finetune.data import Parts, open_parts
+from finetune.evaluate import results_of, results_path
+from finetune.recipes import RECIPES
+from finetune.training import Run, Start, Training, check_ranks, course_of, start_of
+from pretrain.bad_steps import NAME, RollBack
+from pretrain.resume import TrainState
+from pretrain.stopping import EXIT_STOPPED, Stopped, StopRequest
+from setclip import config as configuration
+from setclip import distributed
+from setclip.checkpoint import (
+    OPEN_CLIP_CONFIG_NAME,
+    LoadedModel,
+    checkpoints_of,
+    find_checkpoint,
+    read_description,
+    weights_path,
+)
+from setclip.distributed import World
+from setclip.errors import InputError
+from setclip.files import remove, write_json
+from setclip.log import duration, say, warn
+from setclip.lookup import look_up
+from setclip.models.backbones import make_backbone
+from setclip.models.clip import load_weights, model_config
+from setclip.models.heads import HEADS
+from setclip.models.set_model import SetModel
+
+RESULTS_NAME = "results.json"
+
+
+def finetune(recipe: str, config: FinetuneConfig) -> Path:
+    """Runs the fine-tuning, once or with each of several seeds; returns the run folder. All ranks call.
+
+    Raises InputError where something does not fit, Stopped when it was asked to stop and has saved, and FloatingPointError where
+    going back did not help against losses or gradients that are not finite.
+    """
+    look_up(HEADS, config.head, "head")
+    config.head_settings()
+    check_ranks(config.ranks, distributed.read_environment()[1])
+    world = distributed.start(config.device, timeout_minutes=max(10.0, 1.5 * config.guard.hang_minutes))
+    out = config.out or Path("runs") / f"{recipe}-{config.head}"
+    _check_folder(out, config)
+    parts = open_parts(config)
+    source, model_cfg = towers_of(config)
+    backbone = {"kind": "open_clip", "model": model_cfg, "maps": config.backbone.maps}
+    source.model.requires_grad_(False)
+    # what does not fit is told before anything is done
+    checked = SetModel(make_backbone(backbone), config.head_settings())
+    counts = {"towers": 0, "heads": 0}
+    for name, parameter in checked.named_parameters():
+        counts["towers" if name.startswith("backbone.") else "heads"] += parameter.numel()
+    sizes = ", ".join(f"{what} {count / 1e6:.2f} M" for what, count in counts.items())
+    say(f"recipe {recipe}, head {config.head} ({sizes}), on {source.identity.get('where')}")
+    _announce(config, parts, world)
+    if world.rank == 0 and config.overwrite:
+        remove(out)
+    distributed.broadcast(None)
+    kept: dict[str, Any] = {}
+    results = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        folder = out if config.seeds == 1 else out / f"seed-{seed}"
+        own = replace(config, seed=seed, seeds=1, out=folder)
+        if config.seeds > 1 and (folder / RESULTS_NAME).exists() and config.resume:
+            say(f"seed {seed} is done: {folder / RESULTS_NAME}")
+        else:
+            if config.seeds > 1:
+                say(f"\nseed {seed}:")
+            _one(Run(recipe, own, folder, parts, source, backbone, kept), world)
+        results.append(folder)
+    if world.rank == 0 and config.seeds > 1:
+        write_json(out / RESULTS_NAME, over_seeds(results))
+        say(seeds_text(json.loads((out / RESULTS_NAME).read_text(encoding="utf-8"))))
+    distributed.broadcast(None)
+    return out
+
+
+def _one(run: Run, world: World) -> None:
+    """Trains with one seed, and writes the results of the checkpoint that validation chose."""
+    config = run.config
+    if world.rank == 0:
+        run.out.mkdir(parents=True, exist_ok=True)
+        configuration.save(run.out / "config.yaml", replace(config, resume=False, overwrite=False))
+    distributed.broadcast(None)
+    start = start_of(run, world) if config.resume else _anew(run)
+    with StopRequest() as request:
+        training = _trained(run, start, world, request)
+    _report(run, training, world)
+
+
+def _trained(run: Run, start: Start, world: World, request: StopRequest) -> Training:
+    guard = run.config.guard
+    for attempt in range(guard.rollbacks + 1):
+        training = Training(run, start, world, request)
+        try:
+            training.run()
+        except RollBack as bad:
+            if attempt == guard.rollbacks:
+                raise FloatingPointError(
+                    f"{bad}, and --guard.rollbacks {guard.rollbacks} allows no further return to a checkpoint. Their samples are "
+                    f"in {run.out / NAME}; look at them, or lower --optim.lr in a new run"
+                ) from bad
+            start = start_of(run, world, bad.steps)
+            warn(f"{bad}; going back to {start.folder or 'the beginning'} and leaving their batches out")
+        else:
+            return training
+    raise AssertionError("a run ends or raises")
+
+
+def _anew(run: Run) -> Start:
+    return Start(TrainState(0, 0, {}, course_of(run), applied_steps=0, left_out=()))
+
+
+def _report(run: Run, training: Training, world: World) -> None:
+    """Evaluates the chosen checkpoint on validation and test data, and writes the results. Collective."""
+    chosen = find_checkpoint(run.out)
+    model = training.model
+    load_weights(model, load_file(weights_path(chosen)), str(chosen))
+    identity = {"where": str(chosen), **read_description(chosen)}
+    tables: list[Results] = []
+    for name in ("val", "test"):
+        part = getattr(run.parts, name)
+        if part is None:
+            continue
+        inputs = training.inputs_of(name)
+        for inference in model.inferences:
+            found = results_of(model, inputs, run.source, world, inference, identity, configuration.to_dict(run.config))
+            is_main = inference == model.inference
+            if world.rank == 0:
+                found.save(results_path(run.out, part.split, inference, is_main))
+                if is_main:
+                    found.save(run.out / RESULTS_NAME)  # the last is of the test data, where there are some
+            if is_main:
+                tables.append(found)
+    for found in tables:
+        say(f"\n{markdown_table([found])}".rstrip())
+    validation = identity["validation"]
+    say(f"\nchosen: step {validation['step']:,}, by rsum {validation['value']:.2f} on {run.parts.val.split}")
+    say(f"results: {run.out / RESULTS_NAME}\ncheckpoint: {chosen}")
+
+
+# --- what it begins with
+
+
+def towers_of(config: FinetuneConfig) -> tuple[LoadedModel, dict[str, Any]]:
+    """Returns the pretrained model, on the CPU, and its configuration as open_clip has it. Raises InputError."""
+    loaded = model_to_evaluate(config.model, "cpu")
+    if isinstance(loaded.model, SetModel):
+        raise InputError(
+            f"expected a pretrained model with two towers, found a fine-tuned one at {loaded.identity['where']}; give the model "
+            f"that it began with ({loaded.identity.get('from', {}).get('where', 'see its setclip_config.json')})"
+        )
+    folder = Path(str(loaded.identity["where"]))
+    if folder.is_dir():
+        content = json.loads((folder / OPEN_CLIP_CONFIG_NAME).read_text(encoding="utf-8"))
+        return loaded, content["model_cfg"]
+    return loaded, model_config(str(loaded.identity["model"]))
+
+
+def _check_folder(out: Path, config: FinetuneConfig) -> None:
+    """Raises InputError where a run cannot begin in the folder `out`, or go on in it where that is asked for."""
+    if not config.resume and not config.overwrite and out.exists() and any(out.iterdir()):
+        raise InputError(
+            f"expected a new or empty run folder, found {out} with {len(checkpoints_of(out))} checkpoints; continue it with "
+            "--resume True, remove it with --overwrite True, or give another --out"
+        )
+
+
+def _announce(config: FinetuneConfig, parts: Parts, world: World) -> None:
+    for what, part in (("train", parts.train), ("validation", parts.val), ("test", parts.test)):
+        if part is not None:
+            say(
+                f"{what}: {part.place}, {part.split}: {len(part):,} pictures, {sum(map(len, part.data.captions)):,} captions"
+            )
+    frozen = {"both": "both towers", "image": "the image tower", "text": "the text tower", "none": "no tower"}
+    until = f" until epoch {config.backbone.unfreeze_epoch:g}" if config.backbone.unfreeze_epoch is not None else ""
+    terms = ", ".join(f"{weighted.weight:g} {name}" for name, weighted in config.terms().items())
+    say(
+        f"{frozen[config.backbone.freeze]} frozen{until}; loss {terms}; {world.size} rank(s), {config.batch_size} pictures × "
+        f"{config.captions_per_image} captions a step, {config.epochs:g} epochs, {config.precision}, {world.device}"
+    )
+
+
+# --- several seeds
+
+
+def over_seeds(folders: Sequence[Path]) -> dict[str, Any]:
+    """Returns mean and standard deviation (n − 1) of the results of runs that differ in the seed alone."""
+    found = [Results.load(folder / RESULTS_NAME) for folder in folders]
+    first = found[0]
+    metrics = {}
+    for name in first.metrics:
+        values = [result.metrics[name].value for result in found]
+        metrics[name] = {
+            "mean": statistics.mean(values),
+            "standard_deviation": statistics.stdev(values),
+            "values": values,
+        }
+    return {
+        "evaluation": "retrieval over seeds",
+        "runs": [str(folder) for folder in folders],
+        "head": first.checkpoint.get("head"),
+        "dataset": first.dataset,
+        "headline": first.headline,
+        "metrics": metrics,
+    }
+
+
+def seeds_text(content: dict[str, Any]) -> str:
+    """Returns a Markdown table of `over_seeds`."""
+    names = content["headline"]
+    cells = [f"{content['metrics'][n]['mean']:.1f} ± {content['metrics'][n]['standard_deviation']:.1f}" for n in names]
+    dataset = content["dataset"]
+    title = f"{dataset['name']} {dataset['split']}, {len(content['runs'])} seeds, mean ± standard deviation"
+    return (
+        f"**{title}**\n\n| head | {' | '.join(names)} |\n| --- |{' ---: |' * len(names)}\n"
+        f"| {content['head']} | {' | '.join(cells)} |"
+    )
+
+
+def main() -> None:
+    """The command."""
+    args = sys.argv[1:]
+    if args and args[0].startswith("--") and args[0] != "--help":
+        args = ["plain", *args]
+    head = configuration.flags_of(args[1:]).get("head")
+    recipes = {name: lambda recipe=recipe: recipe(head) for name, recipe in RECIPES.items()}
+    name, config = configuration.parse_recipe(recipes, args, __doc__ or "")
+    start = time.monotonic()
+    try:
+        finetune(name, config)
+    except Stopped as stopped:
+        say(f"stopped by {stopped}")
+        sys.exit(EXIT_STOPPED)
+    finally:
+        distributed.stop()
+    say(f"done in {duration(time.monotonic() - start)}")
+
+
+if __name__ == "__main__":
+    configuration.command(main)
