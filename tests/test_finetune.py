@@ -126,7 +126,9 @@ def test_local_features_come_with_the_model_s_own_global_features_and_padding_ch
     loaded = load_model(place / "pretrained")
     cfg = json.loads((checkpoints_of(place / "pretrained")[0] / "open_clip_config.json").read_text())["model_cfg"]
     convolutional = {**cfg, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}}
-    for model_cfg, expected in ((cfg, (4, 32)), (convolutional, (4, 256))):
+    vision = {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}
+    of_timm = {**cfg, "vision_cfg": vision}
+    for model_cfg, expected in ((cfg, (4, 32)), (convolutional, (4, 256)), (of_timm, (4, 512))):
         towers = OpenClipTowers(model_cfg).eval()
         pixels = torch.randn(3, 3, towers.image_size, towers.image_size)
         images = towers.image(pixels)
