@@ -15,7 +15,6 @@ Asked to stop (SIGTERM or SIGUSR1 on any rank), all ranks save at the same step 
 import json
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from finetune.recipes import RECIPES
 from finetune.training import Run, Start, Training, check_ranks, course_of, start_of
 from pretrain.bad_steps import NAME, RollBack
 from pretrain.resume import TrainState
-from pretrain.stopping import EXIT_STOPPED, Stopped, StopRequest
+from pretrain.stopping import StopRequest, run_to_its_end
 from setclip import config as configuration
 from setclip import distributed
 from setclip.checkpoint import (
@@ -46,7 +45,7 @@ from setclip.checkpoint import (
 from setclip.distributed import World
 from setclip.errors import InputError
 from setclip.files import remove, write_json
-from setclip.log import duration, say, warn
+from setclip.log import say, warn
 from setclip.lookup import look_up
 from setclip.models.backbones import make_backbone
 from setclip.models.clip import load_weights, model_config
@@ -253,15 +252,7 @@ def main() -> None:
     head = configuration.flags_of(args[1:]).get("head")
     recipes = {name: lambda recipe=recipe: recipe(head) for name, recipe in RECIPES.items()}
     name, config = configuration.parse_recipe(recipes, args, __doc__ or "")
-    start = time.monotonic()
-    try:
-        finetune(name, config)
-    except Stopped as stopped:
-        say(f"stopped by {stopped}")
-        sys.exit(EXIT_STOPPED)
-    finally:
-        distributed.stop()
-    say(f"done in {duration(time.monotonic() - start)}")
+    run_to_its_end(lambda: finetune(name, config))
 
 
 if __name__ == "__main__":

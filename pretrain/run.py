@@ -11,19 +11,17 @@ Asked to stop (SIGTERM or SIGUSR1 on any rank), all ranks save at the same step 
 --resume True goes on. A rank that hangs is named, and ends the job with status 70. docs/pretraining.md tells the rest.
 """
 
-import sys
-import time
 from pathlib import Path
 
 from pretrain.bad_steps import NAME, RollBack
 from pretrain.checks import check_start
 from pretrain.config import RECIPES, PretrainConfig
 from pretrain.plan import make_plan
-from pretrain.stopping import EXIT_STOPPED, Stopped, StopRequest
+from pretrain.stopping import StopRequest, run_to_its_end
 from pretrain.training import Start, Training, start_of
 from setclip import config as configuration
 from setclip import distributed
-from setclip.log import duration, say, warn
+from setclip.log import warn
 
 
 def train(recipe: str, config: PretrainConfig) -> Path:
@@ -55,15 +53,7 @@ def train(recipe: str, config: PretrainConfig) -> Path:
 def main() -> None:
     """The command."""
     name, config = configuration.parse_recipe(RECIPES, description=__doc__ or "")
-    start = time.monotonic()
-    try:
-        train(name, config)
-    except Stopped as stopped:
-        say(f"stopped by {stopped}")
-        sys.exit(EXIT_STOPPED)
-    finally:
-        distributed.stop()
-    say(f"done in {duration(time.monotonic() - start)}")
+    run_to_its_end(lambda: train(name, config))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,13 @@ with a status of its own, on which a batch script can act: the run is whole, and
 
 import os
 import signal
+import sys
+import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
+
+from setclip import distributed
+from setclip.log import duration, say
 
 EXIT_STOPPED = 75
 """Exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, "try again"."""
@@ -40,6 +46,19 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number).name
+
+
+def run_to_its_end(training: Callable[[], object]) -> None:
+    """Calls it and says how long it took; where it was stopped, ends the program with EXIT_STOPPED."""
+    start = time.monotonic()
+    try:
+        training()
+    except Stopped as stopped:
+        say(f"stopped by {stopped}")
+        sys.exit(EXIT_STOPPED)
+    finally:
+        distributed.stop()
+    say(f"done in {duration(time.monotonic() - start)}")
 
 
 def leave_signals_to_the_parent(worker: int = 0) -> None:

@@ -12,12 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from evaluation_samples import write_shards
+from pages import CHROMIUM, Page
 from PIL import Image
 
 from eval_suite import report as module
@@ -36,43 +36,9 @@ from setclip.files import write_json
 from setclip.manifest import open_split
 from setclip.report import PictureBook
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NUM_IMAGES = 24
 DRAWS = 200
 CLASSES = [f"class {number}" for number in range(11)] + ["<script>alert('a class')</script>"]
-
-
-class Page(HTMLParser):
-    """The tags of a page and its text; fails where tags are not closed in order."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.tags, self.text, self.open = [], [], []
-        self.feed(self.source)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    @property
-    def words(self):
-        return " ".join(" ".join(self.text).replace("\N{NO-BREAK SPACE}", " ").split())
 
 
 def identity(run, step=3):

@@ -4,11 +4,11 @@ import dataclasses
 import io
 import itertools
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from material import damage_image, sample, write_shards
+from pages import Page
 from PIL import Image
 
 from data_prep import cards, report, statistics
@@ -17,45 +17,13 @@ from setclip.manifest import Manifest
 from setclip.shards import Sample, ShardInfo, ShardWriter, key_of
 
 
-class Page(HTMLParser):
-    """The tags of a page and its text; fails where tags are not closed in order."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.text, self.open = [], [], []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    @property
-    def words(self):
-        return " ".join(" ".join(self.text).replace("\N{NO-BREAK SPACE}", " ").split())
-
-
 def of(folder, statistics_too=True, **changes):
     """Writes the report of a folder and returns the page."""
     manifest = dataclasses.replace(Manifest.load(folder), **changes)
     if statistics_too:
         statistics.write_statistics(folder, statistics.counted_shards(manifest.shards))
     write_report(folder, manifest)
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
+    return Page(folder / "report.html")
 
 
 def written(folder, samples, split="train") -> ShardInfo:

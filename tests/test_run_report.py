@@ -13,12 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from evaluation_samples import write_class_folders
 from material import damage_image, write_model, write_shards
+from pages import CHROMIUM, Page
 from PIL import Image
 
 from pretrain import report, training
@@ -38,45 +38,6 @@ from setclip import config as configuration
 from setclip.config import command
 from setclip.errors import InputError
 from setclip.images import AugmentConfig
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-class Page(HTMLParser):
-    """The tags of a page and its text; fails where tags are not closed in order."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.tags, self.text, self.open = [], [], []
-        self.feed(self.source)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    @property
-    def words(self):
-        return " ".join(" ".join(self.text).replace("\N{NO-BREAK SPACE}", " ").split())
-
-    @property
-    def sections(self):
-        return [attributes["id"] for attributes in self.all("section")]
 
 
 def config_of(place, out, **changes):
