@@ -5,6 +5,7 @@ accelerate wraps the model (DDP, bf16); signals, bad steps and the files of a re
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -140,9 +141,11 @@ def start_of(run: Run, world: World, left_out: tuple[int, ...] = ()) -> Start:
 
 def make_accelerator(config: FinetuneConfig, world: World) -> Accelerator:
     """Returns accelerate's engine. Raises InputError where it sees another number of processes than there are."""
-    AcceleratorState._reset_state(
-        True
-    )  # an engine of a run before this one in the same process may have had another precision
+    # A run before this one in the same process may have had another precision, or set LOCAL_RANK for DeepSpeed, which accelerate
+    # takes for a launcher's (it would then set RANK).
+    AcceleratorState._reset_state(True)
+    if "RANK" not in os.environ:
+        os.environ.pop("LOCAL_RANK", None)
     accelerator = Accelerator(
         cpu=world.device.type == "cpu",
         mixed_precision="bf16" if config.precision == "bf16" else "no",

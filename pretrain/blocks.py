@@ -124,8 +124,12 @@ class Blocks:
                     self._threads.append(threading.Thread(target=self._fetch_ahead, args=(self._ahead,), daemon=True))
                     self._threads[-1].start()
 
-    def close(self) -> None:
-        """Gives up all that this process has entered, and ends its threads; what is asked for later is opened again."""
+    def close(self, is_to_wait: bool = False) -> None:
+        """Gives up all that this process has entered, and ends its threads; what is asked for later is opened again.
+
+        `is_to_wait`: for the threads, which must not be in mid-download where this process is forked next: the fork would
+        inherit their locks.
+        """
         if self._owner != os.getpid():
             return
         for _, rows in self._open.values():
@@ -136,6 +140,8 @@ class Blocks:
                 self._ahead.get_nowait()
         for _ in self._threads:
             self._ahead.put(None)
+        for thread in self._threads if is_to_wait else []:
+            thread.join()
         _close_all(self._files)
         self._owner = -1
 
@@ -235,7 +241,7 @@ class Blocks:
             shard, number = block
             folder = self.places[shard].folder
             assert isinstance(folder, RemoteFolder)
-            with contextlib.suppress(InputError):  # said when the block is needed, if it fails then as well
+            with contextlib.suppress(Exception):  # said when the block is needed, if it fails then as well
                 self._fetch(shard, folder, number * self.block_size, hold=False)
 
     def _read_file(self, path: Path, begin: int, end: int, is_kept: bool) -> bytes:

@@ -323,13 +323,13 @@ class Loader:
                 self._account(batch)
                 yield batch
 
-    def close(self) -> None:
-        """Ends the loader's processes and threads."""
+    def close(self, is_to_wait: bool = False) -> None:
+        """Ends the loader's processes and threads; waits for these where it is told to (`Blocks.close`)."""
         iterator = getattr(self._source, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
         if isinstance(self._shards, Blocks):
-            self._shards.close()
+            self._shards.close(is_to_wait)
 
     def _account(self, batch: Batch) -> None:
         for lane, count in zip(batch.lanes, batch.skips_before, strict=True):

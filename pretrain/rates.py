@@ -166,7 +166,7 @@ def measure_loader(
         count = _take(batches, seconds)
         return count / (time.monotonic() - begin), (time.process_time() - of_cpu) / count
     finally:
-        loader.close()
+        loader.close(is_to_wait=True)  # processes may be started next
         torch.set_num_threads(threads)
 
 

@@ -45,13 +45,15 @@ class Source:
     def file(self, name: str) -> Path:
         """Returns the place of a small file beside the manifest, fetched where it is on a server; it may not be there."""
         path = self.folder / name
-        if self.remote is not None and not path.exists():
+        if self.remote is not None:  # at each start: it may have been made again, which the manifest does not tell
             try:
                 data = self.remote.read(name)
             except Absent:
+                path.unlink(missing_ok=True)
                 return path
-            with replacing(path) as temporary:
-                temporary.write_bytes(data)
+            if not path.exists() or path.read_bytes() != data:
+                with replacing(path) as temporary:
+                    temporary.write_bytes(data)
         return path
 
     def objects(self, parser: str) -> ObjectTable:
@@ -173,11 +175,15 @@ class Sources:
 
         Raises InputError where there is too little.
         """
-        shards = [shard for source in self.each if source.remote is not None for shard in source.shards]
+        remote = [source for source in self.each if source.remote is not None and source.shards]
+        shards = [shard for source in remote for shard in source.shards]
         if self.cache is None or not shards:
             return ""
         samples, total = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards)
-        block = total / samples * min(block_size, samples)
+        # Sources are read as often as their weights say.
+        seen = sum(source.weight * shard.samples for source in remote for shard in source.shards)
+        block = sum(source.weight * shard.bytes for source in remote for shard in source.shards) / seen
+        block *= min(block_size, samples)
         # A window may begin and end within a block; more than all blocks there cannot be.
         needed = int(min(num_lanes * (window_blocks + 1) * block, total) * _MARGIN)
         used = self.cache.clean()
@@ -255,7 +261,7 @@ def _open(place: str, weight: float, split: str, cache: DiskCache | None, patien
         manifest = Manifest.from_json(json.loads(data), f"{place}/{MANIFEST_NAME}")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{place}/{MANIFEST_NAME}: expected a Setclip manifest, found {error}") from error
-    # One folder for each state of a source, so what is copied into it never is out of date.
+    # One folder for each state of a source.
     folder = cache.folder / f"source-{hashlib.sha256(place.encode() + data).hexdigest()[:24]}"
     folder.mkdir(exist_ok=True)
     shards = manifest.of_split(split)

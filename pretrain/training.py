@@ -209,6 +209,8 @@ class Training:
                 if remark := self.collapse.add(loss):
                     warn(remark)
             self._look_around(features, lr, *(value > 0 for value in values[-3:]))
+        if self.step in self.left_out:  # the last one, so that nothing was saved there
+            self.checkpoint = self.checkpoints.save(self.engine, self._state())
         self.checkpoints.finish()
 
     def _train_on(self, batch: Batch) -> tuple[list[Tensor], Features, StepOutcome, float]:

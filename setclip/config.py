@@ -93,6 +93,20 @@ def flags_of(args: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def words_of(args: Sequence[str], name: str) -> list[str]:
+    """Returns all words behind the last flag `name` of such a command line, for flags that take several."""
+    found: list[str] = []
+    is_inside = False
+    for word in _flags_of_file(args) + _without_config(args):
+        if word.startswith("--"):
+            flag, equals, value = word.removeprefix("--").partition("=")
+            is_inside = flag.replace("_", "-") == name
+            found = ([value] if equals else []) if is_inside else found
+        elif is_inside:
+            found.append(word)
+    return [word for word in found if word != "None"]
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns a config as plain dicts, lists, strings and numbers."""
 
@@ -115,7 +129,7 @@ def command(main: Callable[[], None]) -> None:
     except InputError as error:
         if os.environ.get("SETCLIP_TRACEBACK"):
             raise
-        _fail(str(error))
+        _fail(str(error), error.exit_status)
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE or os.environ.get("SETCLIP_TRACEBACK"):
             raise
@@ -125,9 +139,9 @@ def command(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def _switches(kind: type, prefix: str = "") -> set[str]:

@@ -83,6 +83,7 @@ class DiskCache:
                         return None
                     file.write(data)
                     file.flush()
+                    os.fsync(file.fileno())  # its length is there already: a power cut would leave zeros
                     os.rename(file.name, path)
                 except OSError as error:
                     raise InputError(
@@ -180,7 +181,8 @@ class DiskCache:
             mine = Path(self._lease.name).name
         for path in self.folder.glob(f"{_LEASE}*"):
             if path.name != mine and not _is_left(path):
-                held.update(json.loads(path.read_text() or "[]"))
+                with contextlib.suppress(FileNotFoundError):  # it has just ended
+                    held.update(json.loads(path.read_text() or "[]"))
         return held
 
     def _write_lease(self) -> None:

@@ -6,3 +6,12 @@ class InputError(ValueError):
 
     The message has three parts: what was expected, what was found (with the values), and what to do next.
     """
+
+    exit_status = 2
+    """Of a command that ends with it."""
+
+
+class Unavailable(InputError):
+    """A server gave no answer in all tries: nothing is wrong with the command, and later it may go well."""
+
+    exit_status = 69  # EX_UNAVAILABLE

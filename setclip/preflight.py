@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import setclip
-from setclip.config import command, flags_of, parse
+from setclip.config import command, flags_of, parse, words_of
 from setclip.datasets import locate
 from setclip.errors import InputError
 from setclip.files import sha256_of
@@ -48,8 +48,8 @@ class PreflightConfig:
     """GPUs that each node must have, at least one, every one of them able to compute; None: none are looked for."""
     dataset: str | None = None
     """Dataset by name under $SETCLIP_DATA, whose shards are read."""
-    shards: Path | None = None
-    """Folder of shards that are read."""
+    shards: tuple[str, ...] = ()
+    """Folders of shards that are read. Addresses are left to the command, which looks at them in its first seconds."""
     split: str | None = None
     """Which of them; None: all."""
     out: Path | None = None
@@ -77,7 +77,7 @@ class NodeFacts:
     versions: dict[str, str] = field(default_factory=dict)
     """Installed distribution to version."""
     manifest: str = ""
-    """SHA-256 of the shards' manifest.json."""
+    """SHA-256 of the shards' manifest.json, one behind the other where there are several folders."""
     faults: list[str] = field(default_factory=list)
     """What is wrong with this node by itself."""
 
@@ -113,10 +113,13 @@ def look_at_node(config: PreflightConfig, node: str) -> NodeFacts:
     for check in (_gpu_faults, _disk_faults):
         faults += check(config)
     try:
-        folder = locate(config.dataset) if config.shards is None and config.dataset else config.shards
-        if folder is not None:
+        places = config.shards or ((str(locate(config.dataset)),) if config.dataset else ())
+        folders = [Path(place) for place in places if "://" not in place]
+        for folder in folders:
             faults += _shard_faults(folder, config)
-            manifest = sha256_of(folder / MANIFEST_NAME)
+            manifest += sha256_of(folder / MANIFEST_NAME)
+        if len(folders) == len(places):
+            faults += _run_faults(folders, config)
     except (InputError, OSError) as error:
         faults.append(str(error))
     return NodeFacts(
@@ -171,10 +174,10 @@ def code_digest() -> str:
 def with_command(config: PreflightConfig, words: Sequence[str]) -> PreflightConfig:
     """Returns `config` with what the flags of the command that follows say of shards and run folder."""
     said = flags_of(words)
-    shards, dataset = said.get("data.shards"), said.get("dataset")
+    shards, dataset = words_of(words, "data.shards"), said.get("dataset", "None")
     if shards:
-        config = replace(config, shards=Path(shards))
-    elif dataset:
+        config = replace(config, shards=tuple(shards))
+    elif dataset != "None":
         config = replace(config, dataset=dataset)
     return replace(
         config,
@@ -232,7 +235,7 @@ def _disk_faults(config: PreflightConfig) -> list[str]:
 
 
 def _shard_faults(folder: Path, config: PreflightConfig) -> list[str]:
-    """Returns which shards are not there as the manifest says, or cannot be read, and whether a run in `out` had others."""
+    """Returns which shards are not there as the manifest says, or cannot be read."""
     manifest = Manifest.load(folder)
     infos = manifest.of_split(config.split) if config.split else manifest.shards
     wrong = [text for info in infos if (text := _size_fault(folder, info))]
@@ -243,21 +246,30 @@ def _shard_faults(folder: Path, config: PreflightConfig) -> list[str]:
             shard.read_raw(int(hash_u64(time.time_ns()) % max(1, info.samples)))
         except (InputError, OSError, ValueError, IndexError) as error:
             wrong.append(f"{info.name}: {error}")
-    faults = []
     if wrong:
         more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-        faults.append(
+        return [
             f"expected the {len(infos):,} shards of {folder / MANIFEST_NAME}, found {'; '.join(wrong[:_NAMED])}{more}; copy them "
             f"again (`python -m data_prep.verify {folder}` reads all)"
-        )
+        ]
+    return []
+
+
+def _run_faults(folders: Sequence[Path], config: PreflightConfig) -> list[str]:
+    """Returns whether a run in `out` was trained on other data than that of all folders."""
     trained = None if config.out is None or config.is_anew else _data_of_run(config.out)
-    here = manifest.identity()["digest"]
-    if trained not in (None, here):
-        faults.append(
-            f"expected the data that {config.out} was trained on (digest {trained}), found {here} in {folder / MANIFEST_NAME}: "
-            "it has changed since; put the former shards back, or train anew with another --out"
-        )
-    return faults
+    if trained is None or not folders:
+        return []
+    manifests = [Manifest.load(folder) for folder in folders]
+    together = replace(manifests[0], shards=[shard for manifest in manifests for shard in manifest.shards])
+    here = together.identity()["digest"]
+    if trained == here:
+        return []
+    return [
+        f"expected the data that {config.out} was trained on (digest {trained}), found {here} in "
+        f"{' + '.join(str(folder / MANIFEST_NAME) for folder in folders)}: it has changed since; put the former shards back, or "
+        "train anew with another --out"
+    ]
 
 
 def _size_fault(folder: Path, info: ShardInfo) -> str:

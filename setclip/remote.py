@@ -17,7 +17,7 @@ import fsspec
 import httpx
 from fsspec.registry import known_implementations, registry
 
-from setclip.errors import InputError
+from setclip.errors import InputError, Unavailable
 from setclip.forks import at_end, this_process
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class RemoteFolder:
     ) -> bytes:
         """Returns a file, or its bytes from `start` to `end` (exclusive).
 
-        Raises Absent where there is no such file, and InputError that names the file once all tries have failed.
+        Raises Absent where there is no such file, and Unavailable, which names the file, once all tries have failed.
         """
         expected = None if start is None or end is None else end - start
         return self.read_checked(name, start, end, lambda data: _check_length(data, expected), patience)
@@ -98,6 +98,8 @@ class RemoteFolder:
             except _Fault as fault:
                 faults.append(str(fault))
                 wait = fault.wait
+            except InputError:  # what asking again would not mend
+                raise
             except ValueError as error:
                 faults.append(str(error))
             if number + 1 < patience.tries:
@@ -105,7 +107,7 @@ class RemoteFolder:
                 # Not all at once: a server that fails has many such readers.
                 time.sleep(max(min(wait, _LONGEST_PAUSE), pause * random.uniform(0.5, 1.0)))
         told = "; ".join(dict.fromkeys(faults))
-        raise InputError(
+        raise Unavailable(
             f"expected to read {self.address}/{name}{_range(start, end)}, found in {patience.tries} tries: {told}. Look at the "
             "server and the connection; the same command (with --resume True) goes on"
         )
@@ -132,8 +134,10 @@ class RemoteFolder:
                         raise _Fault(f"{len(data)} bytes in {time.monotonic() - begin:.0f} s")
         except httpx.TimeoutException as error:
             raise _Fault(_timeout(error, patience)) from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _Fault(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+        except httpx.InvalidURL as error:
+            raise InputError(f"expected an address, found {self.address} ({error}); correct it") from error
         return bytes(data)
 
     def _check_status(self, answer: httpx.Response, name: str, is_range: bool) -> None:

@@ -43,8 +43,14 @@ begin() { # COMMAND...: the first line of the log, and the check that the job do
 }
 
 count_attempt() { # Notes how far the stage is; ends the job after two attempts that brought nothing.
-    progress >>"$RANK_LOGS/attempts"
+    note_progress
     give_up_without_progress 3
+}
+
+note_progress() {
+    local now
+    now=$(progress)
+    echo "${now:-nothing}" >>"$RANK_LOGS/attempts" # a line an attempt, also where there is nothing yet
 }
 
 give_up_without_progress() { # NUMBER: of equal values of progress in a row that are too many
@@ -132,6 +138,7 @@ finish() { # STATUS
     0) end 0 ;;
     75) again 75 "it was asked to stop, and has saved" ;;
     70) again 70 "a rank hung" ;;
+    69) again 69 "a server did not answer" ;;
     129 | 1[3-9][0-9]) again "$1" "a rank was ended by signal $(($1 - 128))" ;;
     2) end 2 ;; # input or settings do not fit: the same again would end the same
     *)
@@ -150,7 +157,7 @@ again() { # STATUS REASON: queues the job again, unless somebody else has ended 
         echo "=== not queued again by itself: Slurm says $state"
         end "$1"
     fi
-    progress >>"$RANK_LOGS/attempts"
+    note_progress
     give_up_without_progress 3
     sed -i '$d' "$RANK_LOGS/attempts"
     echo "=== $2; the job is queued again"

@@ -1,6 +1,7 @@
 """Fine-tuning: heads learn what captions say, a run that is killed ends as if nothing had happened, ranks give one result."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,12 @@ def metrics_of(out):
 
 
 # --- what comes out
+
+
+def test_it_stays_one_process_where_a_pretraining_before_it_has_set_local_rank(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as DeepSpeed wants it
+    command(words(place, tmp_path / "run", "mean", "--epochs", 1))
+    assert "RANK" not in os.environ
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -9,6 +9,7 @@ import time
 import pytest
 from material import write_shards
 
+from pretrain.sources import open_sources
 from setclip import preflight as module
 from setclip.errors import InputError
 from setclip.manifest import Manifest
@@ -50,14 +51,14 @@ def shards(tmp_path_factory):
 
 
 def test_nodes_that_are_alike_are_content(shards, tmp_path):
-    config = PreflightConfig(shards=shards, out=tmp_path / "runs/a", min_free_gb=0.001)
+    config = PreflightConfig(shards=(str(shards),), out=tmp_path / "runs/a", min_free_gb=0.001)
     assert on_two_nodes(config, config) == {"localhost": None, "ip6-other": None}
 
 
 def test_a_fault_of_one_node_is_told_by_the_first_and_ends_both(shards, tmp_path):
     other = write_shards(tmp_path / "other")
     (other / "train-00001.tar").unlink()
-    ends = on_two_nodes(PreflightConfig(shards=shards), PreflightConfig(shards=other))
+    ends = on_two_nodes(PreflightConfig(shards=(str(shards),)), PreflightConfig(shards=(str(other),)))
     said = str(ends["localhost"])
     assert "ip6-other: expected the 3 shards of" in said
     assert "train-00001.tar: missing" in said
@@ -120,7 +121,7 @@ def test_a_cut_shard_and_a_damaged_one_are_found(tmp_path):
     with open(folder / "train-00000.tar", "r+b") as file:
         file.truncate(1000)
     (folder / "train-00002.idx").write_bytes(b"nothing")
-    (fault,) = look_at_node(PreflightConfig(shards=folder), "a").faults
+    (fault,) = look_at_node(PreflightConfig(shards=(str(folder),)), "a").faults
     assert "train-00000.tar: 1000 bytes, manifest says" in fault
     assert "train-00002.idx" in fault or "train-00002.tar: " in fault
 
@@ -131,7 +132,7 @@ def test_a_run_that_was_trained_on_other_data_does_not_go_on(shards, tmp_path):
     checkpoint.mkdir(parents=True)
     path = checkpoint / "setclip_config.json"
     path.write_text(json.dumps({"data": Manifest.load(shards).identity()}))
-    config = PreflightConfig(shards=shards, out=run)
+    config = PreflightConfig(shards=(str(shards),), out=run)
     assert look_at_node(config, "a").faults == []
     path.write_text(json.dumps({"data": {"digest": "ffff"}}))
     (fault,) = look_at_node(config, "a").faults
@@ -140,16 +141,35 @@ def test_a_run_that_was_trained_on_other_data_does_not_go_on(shards, tmp_path):
     assert look_at_node(anew, "a").faults == []
 
 
+def test_of_several_sources_all_are_checked_and_an_address_is_left_to_the_command(shards, tmp_path):
+    other, run = write_shards(tmp_path / "other", first=100), tmp_path / "run"
+    config = PreflightConfig(shards=(str(shards), str(other)), out=run)
+    both = open_sources(config.shards, (1.0, 2.0), "train").manifest
+    checkpoint = run / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "setclip_config.json").write_text(json.dumps({"data": both.identity()}))
+    assert look_at_node(config, "a").faults == []
+    (fault,) = look_at_node(dataclasses.replace(config, shards=config.shards[:1]), "a").faults
+    assert "was trained on" in fault
+    assert look_at_node(dataclasses.replace(config, shards=(str(shards), "https://host/x")), "a").faults == []
+    (other / "train-00001.tar").unlink()
+    (fault, *_) = look_at_node(config, "a").faults
+    assert "train-00001.tar: missing" in fault
+
+
 def test_shards_and_run_folder_are_taken_from_the_commands_own_flags(tmp_path):
     (tmp_path / "a.yaml").write_text("out: runs/b\ndata:\n  shards: there\n")
     config = PreflightConfig(dataset="cc12m")
     assert with_command(config, []) == config
-    assert with_command(config, ["--data.shards", "here"]).shards == module.Path("here")
+    assert with_command(config, ["--data.shards", "here", "there", "--steps", "3"]).shards == ("here", "there")
+    assert with_command(config, ["--data.shards", "None", "--dataset", "None"]) == config, (
+        "as a saved config.yaml has it"
+    )
     read = with_command(
         config, ["--config", str(tmp_path / "a.yaml"), "--out=runs/c", "--resume", "--data.split", "val"]
     )
     assert (read.shards, read.out, read.split, read.is_anew) == (
-        module.Path("there"),
+        ("there",),
         module.Path("runs/c"),
         "val",
         False,

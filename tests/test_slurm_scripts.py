@@ -51,6 +51,18 @@ def test_a_script_outside_of_a_job_says_how_to_submit_it():
     assert "expected a Slurm job, found none; submit it: sbatch" in found.stderr
 
 
+def test_attempts_without_anything_to_show_are_counted_too(home):
+    """A training that is killed before its first checkpoint must not be queued for ever."""
+    (home / "slurm/logs/a").mkdir()
+    counted = "for _ in 1 2 3 4 5; do count_attempt; echo on; done"
+    script = f"source slurm/common.sh; RANK_LOGS=slurm/logs/a; progress() {{ :; }}; {counted}"
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NAME": "a", "SLURM_SUBMIT_DIR": str(home)}
+    found = subprocess.run(["bash", "-c", script], cwd=home, capture_output=True, text=True, env={**os.environ, **job})
+    assert found.stdout.count("on\n") == 2
+    assert "found two attempts that began and ended at nothing" in found.stderr
+    assert found.returncode == 1
+
+
 @pytest.fixture
 def home(tmp_path):
     """A checkout with the scripts alone, on a cluster whose queue is empty."""
