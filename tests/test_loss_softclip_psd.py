@@ -198,7 +198,13 @@ def rank_cases(names):
 RANK_BATCHES = ["small sets on both sides", "equal texts", "duplicates with equal texts", "all identical", "all empty"]
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(size, marks=pytest.mark.slow) for size in (2, 4, 8)])
+@pytest.mark.parametrize(
+    "world_size",
+    [
+        *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4)),
+        pytest.param(8, marks=[pytest.mark.slow, pytest.mark.soak]),
+    ],
+)
 def test_ranks_together_equal_the_reference(world_size):
     """And all ranks draw the same pairs for psd."""
     truths = []

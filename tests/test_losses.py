@@ -253,7 +253,13 @@ def rank_cases(names):
     return list(itertools.product(names, (False, True), CONFIGS))
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(size, marks=pytest.mark.slow) for size in (2, 4, 8)])
+@pytest.mark.parametrize(
+    "world_size",
+    [
+        *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4)),
+        pytest.param(8, marks=[pytest.mark.slow, pytest.mark.soak]),
+    ],
+)
 def test_ranks_together_equal_the_reference(world_size):
     check_ranks(world_size, RANK_BATCHES)
 
