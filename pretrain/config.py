@@ -209,11 +209,12 @@ def _at_scale(dataset: str, model: str) -> PretrainConfig:
     )
 
 
-_CORPORA = ("cc3m", "cc12m", "yfcc15m-clip", "yfcc15m-declip")
+# Recipe to data set. Which of the two lists the papers mean by YFCC15M they do not say: the bare name is OpenAI's subset.
+_CORPORA = {name: name for name in ("cc3m", "cc12m", "yfcc15m-clip", "yfcc15m-declip")} | {"yfcc15m": "yfcc15m-clip"}
 
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "tiny": tiny,
     "photos": photos,
-    **{name: partial(_at_scale, name, "ViT-B-32") for name in _CORPORA},
-    **{f"{name}-b16": partial(_at_scale, name, "ViT-B-16") for name in _CORPORA},
+    **{name: partial(_at_scale, dataset, "ViT-B-32") for name, dataset in _CORPORA.items()},
+    **{f"{name}-b16": partial(_at_scale, dataset, "ViT-B-16") for name, dataset in _CORPORA.items()},
 }

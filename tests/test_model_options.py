@@ -348,7 +348,7 @@ def test_stages_learn_alike_with_all_options_on_two_ranks():
 
 def test_the_recipes_at_scale_have_the_settings_of_the_published_runs():
     """SLIP, LaCLIP and DeCLIP: AdamW (0.9, 0.98), 1e-8; batch 4096; one epoch of warm-up; scale from 1/0.07 to at most 100."""
-    for name in ("cc3m", "cc12m", "yfcc15m-clip", "yfcc15m-declip"):
+    for name in ("cc3m", "cc12m", "yfcc15m", "yfcc15m-clip", "yfcc15m-declip"):
         for recipe, patch in ((name, 32), (f"{name}-b16", 16)):
             config = RECIPES[recipe]()
             optim = config.optim
