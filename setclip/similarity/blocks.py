@@ -44,9 +44,31 @@ def similarity_matrix(
     if isinstance(similarity, VectorSimilarity):
         with torch.no_grad():
             return similarity(image_sets, text_sets, image_mask, text_mask)  # nothing larger than the scores
-    assert isinstance(similarity, GridSimilarity)
-    tiles = Tiles(similarity, image_sets, text_sets, image_mask, text_mask, block_size)
-    return tiles.scores(slice(0, len(image_sets)), slice(0, len(text_sets)))
+    if isinstance(similarity, GridSimilarity):
+        tiles = Tiles(similarity, image_sets, text_sets, image_mask, text_mask, block_size)
+        return tiles.scores(slice(0, len(image_sets)), slice(0, len(text_sets)))
+    with torch.no_grad():
+        return _in_blocks(similarity, image_sets, text_sets, image_mask, text_mask, block_size or 512)
+
+
+def _in_blocks(
+    similarity: SetSimilarity,
+    image_sets: Tensor,
+    text_sets: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    size: int,
+) -> Tensor:
+    """Returns the scores block by block, of a similarity that is more than a grid of inner products and its reduction."""
+    rows = []
+    for i in range(0, len(image_sets), size):
+        images, images_mask = image_sets[i : i + size], None if image_mask is None else image_mask[i : i + size]
+        row = []
+        for t in range(0, len(text_sets), size):
+            texts_mask = None if text_mask is None else text_mask[t : t + size]
+            row.append(similarity(images, text_sets[t : t + size], images_mask, texts_mask))
+        rows.append(torch.cat(row, 1))
+    return torch.cat(rows)
 
 
 def _with_gradient(
