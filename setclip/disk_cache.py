@@ -56,7 +56,7 @@ class DiskCache:
                 self._held[name] -= 1
                 if self._held[name] <= 0:
                     del self._held[name]
-        # The lease is written anew at the next hold: until then the file stays, which does no harm.
+        # The lease is written anew when the next file is held or made: until then this one stays, which does no harm.
 
     def prepare(self, name: str, fetch: Callable[[], bytes]) -> bool:
         """Fetches a file ahead, without holding it. Returns whether it is there; False where there was no room."""
@@ -125,6 +125,8 @@ class DiskCache:
     def _make_room(self, file: Any, size: int, is_needed: bool) -> bool:
         """Removes files until `size` bytes fit, and takes them for `file`; returns whether they fit."""
         with self._lock():
+            with self._state_lock():
+                self._write_lease()  # else others would count what this process released and what it now makes
             usage = self._read_usage()
             if usage is None or usage + size > self.limit:
                 usage = self._remove(size, is_needed)
@@ -176,7 +178,6 @@ class DiskCache:
     def _leases(self) -> set[str]:
         """Returns the names that any process holds; removes the leases of processes that have ended."""
         with self._state_lock():
-            self._write_lease()
             held = set(self._held)
             mine = Path(self._lease.name).name
         for path in self.folder.glob(f"{_LEASE}*"):
