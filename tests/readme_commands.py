@@ -1,18 +1,24 @@
 """Runs the commands of the documents, so that they cannot rot: blocks marked `bash run` or `python run`, in order.
 
-    python tests/readme_commands.py README.md docs/*.md
+    python tests/readme_commands.py README.md docs/*.md --jobs 2
 
-A scratch folder is the working directory and $SETCLIP_DATA lies in it; `make` runs in the repository. Commands that
-train are shortened by flags put behind them (SHORTER). Each command is printed with its seconds; the first that fails
-ends it all. A block that names $SETCLIP_REAL_DATA is left out, said so, where that is not set.
+A scratch folder is the working directory and $SETCLIP_DATA lies in it; `make` runs in the repository. The first document
+goes first; each other one goes on from what the first has made, in a folder of its own (a copy), so that none needs another,
+unless a line of it says so: <!-- commands run after docs/data.md -->. So many run at a time as --jobs says.
+
+Commands that train are shortened by flags put behind them (SHORTER). Each command is printed with its seconds; one that
+fails ends it all. A block that names $SETCLIP_REAL_DATA is left out, said so, where that is not set.
 """
 
+import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +31,7 @@ SHORTER = {
 }
 """How a command begins, and the flags behind it that keep it short; the last of equal flags wins."""
 
+_AFTER = re.compile(r"^<!-- commands run after (\S+) -->$", re.MULTILINE)
 _BLOCK = re.compile(r"^```(bash|python) run\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -47,39 +54,83 @@ def shortened(command: str) -> str:
     return re.sub(r"^make ", f"make -C '{ROOT}' ", command) + flags
 
 
-def run(language: str, command: str, folder: Path) -> None:
-    """Runs one command; ends the program with its status if that is not 0."""
+def chains(documents: list[Path]) -> list[list[Path]]:
+    """Returns the documents with commands, those that need another one's results behind it."""
+    found = {document: [document] for document in documents if blocks(document)}
+    for document in list(found):
+        after = _AFTER.search(document.read_text(encoding="utf-8"))
+        if after is not None:
+            before = next((chain for chain in found.values() if str(chain[0]).endswith(after[1])), None)
+            if before is None:
+                sys.exit(
+                    f"error: {document} is to run after {after[1]}, which is not among {', '.join(map(str, found))}"
+                )
+            before += found.pop(document)
+    return list(found.values())
+
+
+def run(language: str, command: str, folder: Path, environment: dict[str, str]) -> tuple[str, int]:
+    """Runs one command; returns what it and we have to say, and its status."""
     arguments = [sys.executable, "-c", command] if language == "python" else ["bash", "-c", shortened(command)]
-    say(f"$ {shortened(command)}" if language == "bash" else "$ python <<EOF\n" + command.rstrip() + "\nEOF")
-    environment = {**os.environ, "SETCLIP_DATA": str(folder / "data")}
+    typed = f"$ {shortened(command)}" if language == "bash" else "$ python <<EOF\n" + command.rstrip() + "\nEOF"
+    environment = {**environment, "SETCLIP_DATA": str(folder / "data")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     start = time.monotonic()
-    status = subprocess.run(arguments, cwd=folder, env=environment).returncode
-    say(f"({time.monotonic() - start:.1f} s)\n")
-    if status:
-        sys.exit(f"error: status {status} of a command in the documents: {command}")
+    with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe would wait for servers in the background
+        status = subprocess.run(arguments, cwd=folder, env=environment, stdout=output, stderr=output).returncode
+        output.seek(0)
+        said = output.read()
+    return f"{typed}\n{said}({time.monotonic() - start:.1f} s)\n", status
+
+
+def run_documents(documents: list[Path], folder: Path, environment: dict[str, str]) -> int:
+    """Runs the commands of documents one after the other; returns how many. Ends the program if one fails."""
+    count = 0
+    for document in documents:
+        for language, block in blocks(document):
+            if "$SETCLIP_REAL_DATA" in block and "SETCLIP_REAL_DATA" not in environment:
+                say(f"{document}: left out, because SETCLIP_REAL_DATA is not set:\n{block}")
+                continue
+            for command in commands(language, block):
+                said, status = run(language, command, folder, environment)
+                say(f"{document}: {said}")
+                if status:
+                    say(f"error: status {status} of a command in {document}: {command}")
+                    os._exit(1)  # the others too
+                count += 1
+    return count
 
 
 def say(text: str) -> None:
-    """Prints at once, in step with what the commands print."""
-    print(text, flush=True)
+    """Prints at once, in one piece."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def main() -> None:
     """Runs the documents given."""
-    count, start = 0, time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        for document in map(Path, sys.argv[1:]):
-            for language, block in blocks(document):
-                if "$SETCLIP_REAL_DATA" in block and "SETCLIP_REAL_DATA" not in os.environ:
-                    say(f"left out, because SETCLIP_REAL_DATA is not set:\n{block}")
-                    continue
-                for command in commands(language, block):
-                    run(language, command, Path(scratch))
-                    count += 1
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("documents", nargs="+", type=Path)
+    parser.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args()
+    start = time.monotonic()
+    first, *others = chains(given.documents) or [[]]
+    environment = dict(os.environ)
+    if given.jobs > 1:  # programs side by side do not each want all cores
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // given.jobs)))
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(given.jobs) as pool:
+
+        def run_chain(chain: list[Path]) -> int:
+            own = Path(scratch, chain[0].stem)
+            shutil.copytree(Path(scratch, "first"), own, symlinks=True)
+            return run_documents(chain, own, environment)
+
+        Path(scratch, "first").mkdir()
+        count = run_documents(first, Path(scratch, "first"), dict(os.environ))
+        count += sum(pool.map(run_chain, others))
     if not count:
-        sys.exit(f"error: expected blocks marked `bash run` in {sys.argv[1:]}, found none")
-    say(f"{count} commands of {', '.join(sys.argv[1:])} in {time.monotonic() - start:.0f} s")
+        sys.exit(f"error: expected blocks marked `bash run` in {given.documents}, found none")
+    say(f"{count} commands of {', '.join(map(str, given.documents))} in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

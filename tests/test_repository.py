@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from check_skips import unexpected_skips
-from readme_commands import blocks, shortened
+from readme_commands import blocks, chains, shortened
 from readme_commands import commands as commands_of
 
 from setclip import torchvision_cpu
@@ -192,6 +192,28 @@ def test_commands_that_train_are_shortened_behind_what_the_reader_types():
     assert shortened("python -m pretrain.run tiny --steps 500").endswith("--steps 500 --steps 3")
     assert shortened("python -m eval_suite.zeroshot scenes") == "python -m eval_suite.zeroshot scenes"
     assert shortened("make demo") == f"make -C '{ROOT}' demo DEMO_FLAGS=\"--fast True\""
+
+
+def test_a_document_starts_from_the_first_ones_results_and_from_no_other_unless_it_says_so(tmp_path):
+    texts = {
+        "first": "```bash run\necho one > a.txt\n```\n",
+        "second": "```bash run\ncat a.txt\necho two > b.txt\n```\n",
+        "third": "<!-- commands run after second.md -->\n```bash run\ncat a.txt b.txt\n```\n",
+        "fourth": "```bash run\ncat a.txt\n! test -e b.txt\n```\n",
+        "none": "no commands\n",
+    }
+    paths = [tmp_path / f"{name}.md" for name in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        path.write_text(text)
+    assert [[path.stem for path in chain] for chain in chains(paths)] == [["first"], ["second", "third"], ["fourth"]]
+    command = [sys.executable, ROOT / "tests/readme_commands.py", *paths, "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "6 commands" in done.stdout
+    paths[3].write_text("```bash run\nfalse\n```\n")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: status 1 of a command in " in done.stdout
 
 
 def test_only_listed_reasons_for_a_skip_pass(tmp_path):
