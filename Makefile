@@ -53,9 +53,9 @@ test: $(VENV)/.installed img2dataset open-clip ## run all tests that need only P
 test-llm: vllm ## run the tests with the real vLLM, which `make test` leaves out
 	@$(BIN)/python -m pytest -m "llm and not soak" --numprocesses 2 --dist loadgroup $(PYTEST_FLAGS)
 
-test-slurm: $(VENV)/.installed ## run the tests of the job scripts on a real Slurm of two virtual nodes (needs root and Debian)
+test-slurm: $(VENV)/.installed ## run the tests of the job scripts on a real Slurm of four virtual nodes (needs root and Debian)
 	@$(BIN)/python tests/slurm_cluster.py install
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(PYTEST_FLAGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_slurm.py -m slurm $(PYTEST_FLAGS)
 
 check: $(VENV)/.installed ## lint, format check and types
 	@$(BIN)/ruff check .

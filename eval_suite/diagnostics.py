@@ -1,19 +1,21 @@
-"""Looks into a model: the modality gap, the dimensions that carry a word, and, of sets, whether their elements differ.
+"""Looks into a model: the modality gap, the dimensions that carry a word, and, of sets, whether their elements differ, where
+they look, which words they take, and what sub-spaces share.
 
     python -m eval_suite.diagnostics scenes                                  # under $SETCLIP_DATA, newest run
     python -m eval_suite.diagnostics --data SHARDS --split dev --checkpoint RUN --words dog "traffic light"
     python -m eval_suite.diagnostics --data SHARDS --embeddings DIR          # of eval_suite.embed, also sets
+    python -m eval_suite.diagnostics --data SHARDS --checkpoint RUN --pictures 12   # of finetune.run: pictures of its head
 
 Writes a results file and beside it a page, FILE.html. `diagnose` does the same over encode functions; the figures
-themselves are functions of modules of their own (`modality_gap`, `word_dimensions`, `set_diagnostics`, `overlays`).
+themselves are functions of modules of their own (`modality_gap`, `word_dimensions`, `set_diagnostics`, `head_diagnostics`).
 """
 
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -24,6 +26,13 @@ from eval_suite.embed_files import Embeddings
 from eval_suite.embedded import embedded_features
 from eval_suite.encode import EncodeImage, EncodeText, encode_functions, encode_images, encode_texts
 from eval_suite.feature_similarity import FeatureSimilarity, similarity_options_of
+from eval_suite.head_diagnostics import (
+    HeadDiagnostics,
+    diagnose_head,
+    head_details,
+    head_metrics,
+    write_looks,
+)
 from eval_suite.images import ShardImages, image_batches
 from eval_suite.modality_gap import ModalityGap, central_vectors, modality_gap
 from eval_suite.model import model_to_evaluate
@@ -31,7 +40,13 @@ from eval_suite.preprocess import model_pictures
 from eval_suite.results import Metric, Results, default_out, markdown_table
 from eval_suite.retrieval_data import open_retrieval, retrieval_place
 from eval_suite.scores import MakeScore
-from eval_suite.set_diagnostics import CircularVariance, circular_variance, element_contribution
+from eval_suite.set_diagnostics import (
+    CircularVariance,
+    check_similarity,
+    circular_variance,
+    element_contribution,
+    without_contribution,
+)
 from eval_suite.word_dimensions import (
     THRESHOLD,
     WordDimensions,
@@ -42,6 +57,7 @@ from eval_suite.word_dimensions import (
 from setclip.config import command, parse, to_dict
 from setclip.errors import InputError
 from setclip.log import say, warn
+from setclip.models.set_model import SetModel
 from setclip.shards import Shard
 
 MOST_TOP = 100  # dimensions a pair, as the paper of word_dimensions takes of 1,024
@@ -56,7 +72,11 @@ class Diagnostics:
     variance: dict[str, CircularVariance]
     """"image" and "text", of sets; empty for single vectors."""
     contribution: dict[str, dict[str, Metric]]
-    """`element_contribution`, of sets; empty for single vectors."""
+    """`element_contribution`, of sets; empty where there is none."""
+    head: HeadDiagnostics | None = None
+    """Of a fine-tuned model."""
+    missing: list[str] = field(default_factory=list)
+    """What does not apply to these features, and why."""
 
 
 def diagnose(
@@ -119,15 +139,17 @@ def diagnose_features(
         for word, rows in rows_of_word.items()
     ]
     sets = {what: f for what, f in (("image", image_features), ("text", text_features)) if f.ndim == 3}
+    make_score = make_score or FeatureSimilarity()
+    missing = without_contribution(make_score, image_features, text_features)
     contribution = {}
-    if len(sets) == 2:
-        make_score = make_score or FeatureSimilarity()
+    if not missing:
         contribution = element_contribution(image_features, text_features, image_of_text, make_score)
     return Diagnostics(
         gap=modality_gap(image_vectors, text_vectors, image_of_text),
         words=found,
         variance={what: circular_variance(features) for what, features in sets.items()},
         contribution=contribution,
+        missing=missing,
     )
 
 
@@ -164,7 +186,7 @@ def metrics_of(found: Diagnostics) -> dict[str, Metric]:
             if value is not None:
                 protocol = f"{how} of the circular variance, 1 − ‖mean of the unit elements‖, of the {what} sets."
                 metrics[f"variance_{what}_{name}"] = _number(value, protocol, len(variance.of_sets))
-    return metrics
+    return metrics | (head_metrics(found.head) if found.head is not None else {})
 
 
 def details_of(found: Diagnostics) -> dict[str, Any]:
@@ -190,6 +212,8 @@ def details_of(found: Diagnostics) -> dict[str, Any]:
             kept: {name: metric.value for name, metric in metrics.items()}
             for kept, metrics in found.contribution.items()
         },
+        **({} if found.head is None else {"head": head_details(found.head)}),
+        "does_not_apply": found.missing,
     }
 
 
@@ -226,6 +250,10 @@ class DiagnosticsConfig:
     """Dimensions marked a pair. Default: a tenth of them, at most 100."""
     threshold: float = THRESHOLD
     """Level above which a dimension is said to carry a word."""
+    pictures: int = 6
+    """Of a fine-tuned model: pictures on which it is shown where elements look, and captions whose words they take."""
+    scale: Literal["each", "common"] = "each"
+    """each element is shown against its own highest attention, or all of a picture against the highest of all (common)."""
     similarity: str | None = None
     """Of sets. Default: what the checkpoint names, else smooth_chamfer."""
     similarity_options: tuple[str, ...] = ()
@@ -243,6 +271,8 @@ class DiagnosticsConfig:
                 f"expected --checkpoint or --embeddings, found both ({self.checkpoint}; {self.embeddings}); embeddings "
                 "know which model made them"
             )
+        if self.pictures < 0:
+            raise ValueError(f"expected pictures of at least 0, found {self.pictures}; 0 draws none")
 
 
 def evaluate(config: DiagnosticsConfig) -> tuple[Results, Diagnostics]:
@@ -260,15 +290,39 @@ def evaluate(config: DiagnosticsConfig) -> tuple[Results, Diagnostics]:
         similarity = FeatureSimilarity(config.similarity, options, identity)
         start = time.monotonic()
         features = embedded_features(embeddings, data.keys, data.captions)
+        if config.similarity is not None:
+            check_similarity(similarity, *features)
         found = diagnose_features(*features, data.captions, words, similarity, config.top, config.threshold)
+        if any(each.ndim == 3 for each in features):
+            why = "Where elements look, their words and sub-spaces: these are of the model; give it with --checkpoint."
+            found = replace(found, missing=[*found.missing, why])
     else:
         loaded = model_to_evaluate(config.checkpoint, config.device)
         identity = loaded.identity
         similarity = FeatureSimilarity(config.similarity, options, identity)
         start = time.monotonic()
-        batches = image_batches(ShardImages(shards, model_pictures(loaded)), config.batch_size, config.workers)
+        images = ShardImages(shards, model_pictures(loaded))
         encoders = encode_functions(loaded)
+        if config.similarity is not None:  # what is asked for and cannot be is told before all is encoded
+            encode_image, encode_text = encoders
+            first = image_batches(images, 1, 0)[0]
+            with torch.no_grad():
+                sides = (encode_image(first), encode_text([data.captions[0][0]]))
+            check_similarity(similarity, *(each.float().cpu() for each in sides))
+        batches = image_batches(images, config.batch_size, config.workers)
         found = diagnose(*encoders, batches, data.captions, words, similarity, config.top, config.threshold)
+        if isinstance(loaded.model, SetModel):
+            head = diagnose_head(loaded, images, data.captions, config.pictures, config.scale)
+            variance = dict(found.variance)
+            if head.text_variance is not None:
+                variance.setdefault("text", head.text_variance)
+            found = replace(found, head=head, variance=variance, missing=[*found.missing, *head.missing])
+        else:
+            why = (
+                "Slots, their words and sub-spaces: the model has two towers and no heads; `python -m finetune.run` trains heads "
+                "that make sets."
+            )
+            found = replace(found, missing=[*found.missing, why])
     metrics = metrics_of(found)
     results = Results(
         evaluation="diagnostics",
@@ -303,11 +357,15 @@ def main() -> None:
     out = config.out or default_out("diagnostics", dataset, results.checkpoint)
     results.save(out)
     page = out.with_suffix(".html")
-    write_diagnostics_page(page, results, found.words, found.contribution)
+    write_diagnostics_page(page, results, found.words, found.contribution, found.head, found.missing)
+    if found.head is not None and found.head.cards:
+        write_looks(out.with_suffix(".looks.json"), found.head)
     say(f"\n{markdown_table([results])}")
     for word in found.words:
         best = ", ".join(map(str, word.dimensions[:5].tolist()))
         say(f"{word.word}: {word.num_pairs:,} pairs, strongest dimensions {best}")
+    for why in found.missing:
+        say(f"does not apply: {why}")
     for note in dict.fromkeys(note for word in found.words for note in word.notes):
         say(note)
     say(f"\nresults: {out}\npage: {page}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from eval_suite.head_diagnostics import HeadDiagnostics
 from eval_suite.results import Metric, Results, model_names
 from eval_suite.set_diagnostics import contribution_rows
 from eval_suite.word_dimensions import WordDimensions
@@ -23,6 +24,14 @@ _NAMES = {
     "variance_image_mean_of_logs": "images, mean of the logs",
     "variance_text_log_of_mean": "captions, log of the mean",
     "variance_text_mean_of_logs": "captions, mean of the logs",
+    "slots_image_inputs": "places that an element looks at",
+    "slots_image_overlap": "attention shared by two elements, %",
+    "slots_text_inputs": "words that an element takes",
+    "slots_text_overlap": "words shared by two elements, %",
+    "subspaces_kept": "entries kept",
+    "subspaces_near_threshold": "entries near their threshold",
+    "subspaces_profile_cosine": "cosine of profiles",
+    "subspaces_top_overlap": "key dimensions in common",
 }
 
 
@@ -31,8 +40,12 @@ def write_diagnostics_page(
     results: Results,
     words: Sequence[WordDimensions],
     contribution: Mapping[str, Mapping[str, Metric]],
+    head: HeadDiagnostics | None = None,
+    missing: Sequence[str] = (),
 ) -> None:
-    """Writes the page; `contribution` as `element_contribution` gives it, empty for single vectors."""
+    """Writes the page; `contribution` as `element_contribution` gives it, empty where there is none; `head`: of a fine-tuned
+    model; `missing`: what does not apply, and why.
+    """
     sections = [
         report.Section(
             anchor="gap",
@@ -88,6 +101,17 @@ def write_diagnostics_page(
                 ],
             )
         )
+    if head is not None:
+        sections += head_sections(results, head)
+    if missing:
+        sections.append(
+            report.Section(
+                anchor="missing",
+                title="What does not apply",
+                menu="Does not apply",
+                blocks=[report.caveats("Left out here", list(missing))],
+            )
+        )
     dataset = results.dataset
     report.write_page(
         path,
@@ -99,6 +123,66 @@ def write_diagnostics_page(
             credits=[f"Made by Setclip, commit {results.provenance.get('commit') or 'unknown'}."],
         ),
     )
+
+
+def head_sections(results: Results, head: HeadDiagnostics) -> list[report.Section]:
+    """Returns the sections on a head: where its elements look, which words they take, and its sub-spaces."""
+    sections = []
+    if head.image is not None:
+        names = [name for name in results.metrics if name.startswith("slots_image_")]
+        sections.append(
+            report.Section(
+                anchor="looks",
+                title="Where elements look",
+                menu="Looks",
+                intro=f"The head {head.head} makes {len(head.image.places)} elements of a picture. Colour shows what each takes "
+                "of the patches; elements that are worth their place look at different things.",
+                blocks=[*map(report.sample_cards, head.cards), _numbers(results, names, "attention over pictures")],
+            )
+        )
+    if head.text is not None:
+        names = [name for name in results.metrics if name.startswith("slots_text_")]
+        elements = [f"slot {number}" for number in range(1, len(head.text.places) + 1)]
+        blocks = [_numbers(results, names, "attention over captions")]
+        if head.words:
+            rows = [[one.caption, *(_shares(shares) for shares in one.of_elements)] for one in head.words]
+            table = report.Table("words that elements take most of", ["caption", *elements], rows, "wide-words")
+            blocks.insert(0, report.table(table))
+        if head.favourites:
+            rows = [[name, _shares(shares)] for name, shares in zip(elements, head.favourites, strict=True)]
+            title = f"over {head.text.samples:,} captions, share of an element's attention"
+            blocks.append(report.table(report.Table(title, ["", "most"], rows, "words")))
+        sections.append(
+            report.Section(
+                anchor="taken",
+                title="Which words elements take",
+                menu="Words of elements",
+                intro="What each element of a caption takes most of, with its share of the element's attention.",
+                blocks=blocks,
+            )
+        )
+    if head.subspaces:
+        names = [name for name in results.metrics if name.startswith("subspaces_")]
+        about = (
+            ("Profiles", "Dimensions by the sub-space that weighs them most."),
+            ("Key dimensions in common", "Share of the largest dimensions of each."),
+            ("Cosines of profiles", ""),
+        )
+        figures = [report.figure(drawing, *words) for drawing, words in zip(head.drawings, about, strict=False)]
+        sections.append(
+            report.Section(
+                anchor="subspaces",
+                title="Sub-spaces",
+                intro="A profile says how much a sub-space makes of each dimension (DH-Set's, our reconstruction: "
+                "docs/heads.md). Sub-spaces that have collapsed have one profile: cosines near 1, and key dimensions in common.",
+                blocks=[*([report.row(*figures)] if figures else []), _numbers(results, names, "sub-spaces")],
+            )
+        )
+    return sections
+
+
+def _shares(shares: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{word} {100 * share:.0f}\N{NO-BREAK SPACE}%" for word, share in shares)
 
 
 def word_figure(word: WordDimensions) -> Markup:

@@ -35,7 +35,16 @@ from eval_suite.embed_files import (
     write_part,
 )
 from eval_suite.embed_source import Source, SourcePart, open_source
-from eval_suite.encode import EncodeImage, EncodeText, encode_functions, encode_images, encode_texts
+from eval_suite.encode import (
+    EncodeImage,
+    EncodeText,
+    check_unit,
+    encode_functions,
+    encode_images,
+    encode_texts,
+    joined,
+    largest_shape,
+)
 from eval_suite.fingerprint import model_identity, model_words
 from eval_suite.model import model_to_evaluate
 from eval_suite.preprocess import model_pictures
@@ -80,11 +89,13 @@ def embed(
     """Writes the embeddings of `source` to `out`; returns them, or None where other jobs still have parts to do.
 
     `transform` makes of a picture, (3, height, width) uint8, what `encode_image` takes, in batches of `batch_size`; the
-    features, (B, D) or sets (B, K, D), are brought to unit norm. `model` says which model it is; its "fingerprint"
+    features, (B, D) or sets (B, K, D), are brought to unit norm; of sets of different sizes zero vectors stand for the elements
+    that are not there. `model` says which model it is; its "fingerprint"
     tells it from others. This job does every `parts`-th part, from number `part` on; the last one to end completes the
     folder. Raises InputError where `out` holds parts of another model, of other inputs or settings, and, once the part
     at hand is written, where more than `max_bad` of all pictures are bad.
     """
+    check_unit(encode_image)
     settings = settings or EmbedSettings()
     plan = _plan(source, model, settings)
     work = out / WORK_NAME
@@ -275,13 +286,7 @@ def _write_part(
     files: dict[str, int] = {}
     shape: dict[str, list[int]] = {}
     if found.rows:
-        kinds = {tuple(features.shape[1:]) for features in found.features}
-        if len(kinds) > 1:
-            raise InputError(
-                f"expected embeddings of one shape, found {sorted(kinds)} in part {part.name}; an encode function must give "
-                "the same number of elements for every sample"
-            )
-        images = _as_array(torch.cat(found.features), settings.dtype)
+        images = _as_array(joined(found.features), settings.dtype)
         shape["images"] = list(images.shape[1:])
         columns: dict[str, list[Any]] = {"key": found.keys, "path": paths}
         files |= write_part(out / f"images-{part.name}", columns, images, settings.format)
@@ -342,12 +347,9 @@ def _complete(source: Source, out: Path, plan: dict[str, Any]) -> Embeddings | N
     for report in reports:
         for what, shape in report["shape"].items():
             shapes.setdefault(what, set()).add(tuple(shape))
-    uneven = {what: sorted(found) for what, found in shapes.items() if len(found) > 1}
-    if uneven:
-        raise InputError(
-            f"expected embeddings of one shape, found {uneven} in the parts of {out}; an encode function must give the "
-            "same number of elements for every sample"
-        )
+    largest = {what: largest_shape(found) for what, found in sorted(shapes.items())}
+    is_uneven = any(len(found) > 1 for found in shapes.values())
+    named = ("name", "images", "texts", "files", *(("shape",) if is_uneven else ()))
     bad = [entry for report in reports for entry in report["bad"]]
     with replacing(out / BAD_NAME) as temporary:
         write_lines(temporary, iter(bad))
@@ -361,11 +363,11 @@ def _complete(source: Source, out: Path, plan: dict[str, Any]) -> Embeddings | N
             "other_files": dict(sorted(source.other_files.items())),
         },
         "settings": plan["settings"],
-        "shape": {what: list(next(iter(found))) for what, found in sorted(shapes.items())},
+        "shape": {what: list(shape) for what, shape in largest.items()},
         "images": sum(report["images"] for report in reports),
         "texts": sum(report["texts"] for report in reports),
         "bad": dict(sorted(Counter(entry["reason"] for entry in bad).items())),
-        "parts": [{name: report[name] for name in ("name", "images", "texts", "files")} for report in reports],
+        "parts": [{name: report[name] for name in named} for report in reports],
         "inputs": plan["inputs"],
     }
     write_json(out / EMBEDDINGS_NAME, description)

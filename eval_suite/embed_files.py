@@ -103,11 +103,15 @@ class Embeddings:
         return cls(folder, description)
 
     def shape(self, what: What = "images") -> tuple[int, ...]:
-        """Returns (D,), or (K, D) for sets."""
+        """Returns (D,), or (K, D) for sets: of sets of different sizes the largest."""
         return tuple(self.description["shape"][what])
 
     def parts(self, what: What = "images") -> Iterator[tuple[dict[str, list[Any]], NDArray[np.float32]]]:
-        """Yields (columns without the embedding, embeddings (N, …, D) float32) of each part that has rows."""
+        """Yields (columns without the embedding, embeddings (N, …, D) float32) of each part that has rows.
+
+        Sets that are smaller than `shape` says have zero vectors behind.
+        """
+        largest = self.shape(what) if what in self.description["shape"] else ()
         file_format = self.description["settings"]["format"]
         for part in self.description["parts"]:
             if not part[what]:
@@ -116,12 +120,15 @@ class Embeddings:
             if file_format == "parquet":
                 table = pq.read_table(self.folder / f"{stem}.parquet")
                 columns = {name: table.column(name).to_pylist() for name in table.column_names if name != "embedding"}
-                vectors = _vectors_of(table.column("embedding").combine_chunks(), self.shape(what))
+                shape = tuple(part["shape"][what]) if "shape" in part else largest
+                vectors = _vectors_of(table.column("embedding").combine_chunks(), shape)
             else:
                 lines = (self.folder / f"{stem}.ids.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
                 rows = [json.loads(line) for line in lines]
                 columns = {name: [row[name] for row in rows] for name in rows[0]}
                 vectors = np.load(self.folder / f"{stem}.npy")
+            if vectors.shape[1:] != largest:
+                vectors = np.pad(vectors, ((0, 0), (0, largest[0] - vectors.shape[1]), (0, 0)))
             yield columns, vectors.astype(np.float32, copy=False)
 
 

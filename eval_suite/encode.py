@@ -5,7 +5,9 @@ other pair of functions with these signatures can be evaluated alike. All ranks 
 (`eval_suite.sharing`). Letters: B samples of a batch, N samples, D width.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,21 +26,46 @@ EncodeText = Callable[[list[str]], Tensor]
 """B texts to features, (B, …, D) float."""
 
 
+@dataclass(frozen=True)
+class KeepsNorms:
+    """An encode function whose features count as long as they are: samples of Gaussians, sub-spaces compared by inner products,
+    patches before LAPS's choice. Features of others are brought to unit norm.
+    """
+
+    encode: Callable[[Any], Tensor]
+
+    def __call__(self, batch: Any) -> Tensor:
+        return self.encode(batch)
+
+
 def encode_functions(loaded: LoadedModel) -> tuple[EncodeImage, EncodeText]:
     """Returns (encode_image, encode_text) of a model, on the device that its weights are on.
 
-    Images are (B, 3, image_size, image_size) uint8. The model is neither put into eval mode nor moved.
+    Images are (B, 3, image_size, image_size) uint8, or (B, N, E) float of a model that takes regions. The model is neither put
+    into eval mode nor moved.
     """
     device = next(loaded.model.parameters()).device
 
     def encode_image(images: Tensor) -> Tensor:
-        pixels = normalize(images.to(device, non_blocking=True), loaded.mean, loaded.std)
+        images = images.to(device, non_blocking=True)
+        pixels = images if loaded.takes_regions else normalize(images, loaded.mean, loaded.std)
         return loaded.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
 
     def encode_text(texts: list[str]) -> Tensor:
         return loaded.model.encode_text(loaded.tokenizer(texts).to(device), normalize=True)  # type: ignore[operator]
 
+    if getattr(loaded.model, "keeps_norms", False):
+        return KeepsNorms(encode_image), KeepsNorms(encode_text)
     return encode_image, encode_text
+
+
+def check_unit(encode: EncodeImage | EncodeText) -> None:
+    """Raises InputError where features are no unit vectors, for what stores or searches such."""
+    if isinstance(encode, KeepsNorms):
+        raise InputError(
+            "expected a model whose features are unit vectors, found one whose features count as long as they are (pcme, "
+            "similarity laps, or DH-Set without cosines); evaluate it with `python -m eval_suite.retrieval --checkpoint`"
+        )
 
 
 def encode_images(
@@ -48,7 +75,7 @@ def encode_images(
     show_progress: bool = True,
     world: World = ALONE,
 ) -> Tensor:
-    """Returns the features of all images in `batches`, (N, …, D) float32 of unit norm, on the CPU.
+    """Returns the features of all images in `batches`, (N, …, D) float32 of unit norm, on the CPU (`KeepsNorms` aside).
 
     Where batches give sets of different sizes, zero vectors stand for the elements that are not there. The ranks of
     `world` share the batches, which must then be a sequence (`image_batches` gives one), and each returns all features.
@@ -91,7 +118,8 @@ def _encode(encode, batches, expected: int, what: str, show_progress: bool, worl
                         f"expected encode_{what} to give {size} features for {size} {what}s, found {len(features)}; "
                         f"an encode function must keep its batch"
                     )
-                parts.append(torch.nn.functional.normalize(features, dim=-1))
+                keeps = isinstance(encode, KeepsNorms)
+                parts.append(features if keeps else torch.nn.functional.normalize(features, dim=-1))
                 if meter is not None:
                     meter.update(size)
     finally:
@@ -117,14 +145,27 @@ def _joined(parts: list[Tensor], world: World) -> Tensor:
     shapes = {tuple(part.shape[1:]) for part in parts}
     if world.size > 1:
         shapes = set().union(*distributed.gather_objects(shapes))
+    largest = largest_shape(shapes)
+    own = torch.cat([_padded(part, largest) for part in parts]) if parts else torch.zeros(0, *largest)
+    return gathered(own, world)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Returns features of batches, (B, …, D) each, together; smaller sets get zero vectors behind. Raises InputError as
+    `largest_shape`.
+    """
+    largest = largest_shape({tuple(part.shape[1:]) for part in parts})
+    return torch.cat([_padded(part, largest) for part in parts])
+
+
+def largest_shape(shapes: Collection[tuple[int, ...]]) -> tuple[int, ...]:
+    """Returns the shape that holds features of all these, (…, D). Raises InputError where they are of different kinds."""
     if len({(len(shape), shape[-1:]) for shape in shapes}) > 1:
         raise InputError(
             f"expected features of one width, single or in sets, found shapes {sorted(shapes)}; an encode function must "
             "give the same kind for each batch"
         )
-    largest = tuple(map(max, zip(*shapes, strict=True)))
-    own = torch.cat([_padded(part, largest) for part in parts]) if parts else torch.zeros(0, *largest)
-    return gathered(own, world)
+    return tuple(map(max, zip(*shapes, strict=True)))
 
 
 def _padded(features: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -7,17 +7,23 @@ set, D width.
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eval_suite.scores import MakeScore, Score
 from eval_suite.set_scores import set_scores
+from setclip.checkpoint import weights_path
 from setclip.errors import InputError
 from setclip.log import say, warn
 from setclip.lookup import look_up
 from setclip.models.matching import MATCHINGS, make_matching
 from setclip.similarity import SetSimilarity
+
+WEIGHTS = "weights"
+"""Option of a similarity with layers: what stands before the names of its weights in the checkpoint."""
 
 OF_SETS = "smooth_chamfer"
 """What compares sets where nothing is named."""
@@ -31,17 +37,19 @@ class FeatureSimilarity:
         asked: str | None = None,
         options: Mapping[str, Any] | None = None,
         identity: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ):
         """`asked`: a name, with `options`; None: what the identity of a checkpoint names, else cosine of single vectors and
-        smooth_chamfer of sets. Raises InputError on an unknown name or option.
+        smooth_chamfer of sets. `weights`: of the model, for a similarity that has layers; None: of the checkpoint that
+        `identity` names. Raises InputError on an unknown name or option.
         """
         self.name, self.options = similarity_named(asked, options or {}, identity or {})
-        self.similarity = None if self.name is None else _made(self.name, self.options)
+        self.similarity = None if self.name is None else _made(self.name, self.options, identity or {}, weights)
 
     def __call__(self, image_features: Tensor, text_features: Tensor) -> Score:
         if self.similarity is None:
             self.name = "cosine" if image_features.ndim == text_features.ndim == 2 else OF_SETS
-            self.similarity = _made(self.name, {})
+            self.similarity = _made(self.name, {}, {}, None)
             if self.name == OF_SETS:
                 say(f"sets of vectors, and no similarity is named: comparing them by {OF_SETS} (see --similarity)")
         return scores_of(self.similarity)(image_features, text_features)
@@ -110,8 +118,15 @@ def mask_of(sets: Tensor) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def _made(name: str, options: Mapping[str, Any]) -> SetSimilarity:
+def _made(
+    name: str, options: Mapping[str, Any], identity: Mapping[str, Any], weights: Mapping[str, Tensor] | None
+) -> SetSimilarity:
+    options = dict(options)
+    prefix = options.pop(WEIGHTS, None)
     similarity = make_matching(name, **options)
+    if prefix is not None:
+        _fill(similarity, str(prefix), identity, weights)
+        return similarity
     untold = [each for each, _ in similarity.named_parameters() if each not in options]
     if untold:
         values = ", ".join(f"{each} = {getattr(similarity, each).item():g}" for each in untold)
@@ -120,3 +135,23 @@ def _made(name: str, options: Mapping[str, Any]) -> SetSimilarity:
             f"taking {values}, where training starts"
         )
     return similarity
+
+
+def _fill(
+    similarity: SetSimilarity, prefix: str, identity: Mapping[str, Any], weights: Mapping[str, Tensor] | None
+) -> None:
+    """Puts in the weights of a similarity's layers, those of the model in memory or of its checkpoint. Raises InputError."""
+    where = Path(str(identity.get("where", "")))
+    if weights is None:
+        path = weights_path(where)
+        if not path.is_file():
+            raise InputError(
+                f"expected the weights of the similarity in the checkpoint, found none at {path}; evaluate with --checkpoint, on "
+                "the machine that has it"
+            )
+        weights = load_file(path)
+    own = similarity.state_dict()
+    missing = [name for name in own if prefix + name not in weights]
+    if missing:
+        raise InputError(f"expected {prefix}{missing[0]} among the weights of {where}, found none; train anew")
+    similarity.load_state_dict({name: weights[prefix + name].detach().float().cpu() for name in own})

@@ -15,6 +15,7 @@ from eval_suite.overlays import attention_cards, key_overlap, overlap_picture, p
 from setclip.errors import InputError
 from setclip.models.heads import HeadOutput
 from setclip.models.subspaces import SubSpaces
+from setclip.report import SampleCard
 
 
 def slot_cards(
@@ -23,7 +24,7 @@ def slot_cards(
     captions: Sequence[str],
     grid: tuple[int, int],
     scale: Literal["each", "common"] = "each",
-) -> list[Markup]:
+) -> list[list[SampleCard]]:
     """Returns for each sample of a batch its photograph and where each element of its set looks, for a report.
 
     `output`: of an image head with attention over a grid, B samples. `photos`: B squares, (H, W, 3) uint8, as the model saw

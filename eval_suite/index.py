@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from torch import Tensor
 
 from eval_suite.embed import EmbedSettings, embed
 from eval_suite.embed_files import Embeddings
 from eval_suite.embed_source import Source, open_source
-from eval_suite.encode import EncodeImage, EncodeText, encode_functions, encode_images, encode_texts
+from eval_suite.encode import EncodeImage, EncodeText, encode_functions, encode_images, encode_texts, joined
 from eval_suite.feature_similarity import similarity_options_of
 from eval_suite.fingerprint import model_identity, model_words
 from eval_suite.images import FolderImages, image_batches
@@ -166,7 +165,7 @@ def run_build(config: BuildConfig) -> SearchIndex:
             workers=config.workers,
         )
     content = index.description
-    say(f"index: {len(index):,} pictures, {' × '.join(map(str, content['shape']))}, {content['kind']}")
+    say(f"index: {summary(content)}")
     if content["bad"]:
         say(f"left out: {', '.join(f'{count:,} {reason}' for reason, count in content['bad'].items())}")
     for kind in ("pictures", "texts") if "recall" in content else ():
@@ -174,6 +173,17 @@ def run_build(config: BuildConfig) -> SearchIndex:
             say(f"recall of the exact top {content['recall']['k']}, {kind} as queries: {content['recall'][kind]:.2f} %")
     say(f'in {config.out}; try: python -m eval_suite.index query {config.out} "a dog" --html found.html')
     return index
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """Returns what index.json says, for the terminal: "1,000 pictures, 192 dimensions, exact search"."""
+    *elements, width = content["shape"]
+    pictures = f"{content['pictures']:,} pictures"
+    if elements:
+        size = f"sets of {elements[0]:,} × {width:,} dimensions"
+        return f"{pictures}, {size}, compared by {content['similarity']}, exact search"
+    how = {"exact": "exact search", "hnsw": "approximate search (hnsw)", "ivf": "approximate search (ivf)"}
+    return f"{pictures}, {width:,} dimensions, {how[content['kind']]}"
 
 
 # --- query
@@ -227,7 +237,9 @@ def query(
     if images:
         batches = image_batches(FolderImages(images, transform), batch_size=32, workers=0)
         features.append(encode_images(encode_image, batches, len(images), show_progress=False))
-    found = index.search(torch.cat(features), k) if features else []
+    if len({one.ndim for one in features}) > 1:  # texts are sets and pictures are not, or the other way round
+        features = [one.unsqueeze(1) if one.ndim == 2 else one for one in features]
+    found = index.search(joined(features), k) if features else []
     source = index.description["source"]
     pictures = IndexedPictures(source["kind"], place or Path(source["place"]))
     asked = [*((text, None) for text in texts), *((path.name, path.read_bytes()) for path in images)]

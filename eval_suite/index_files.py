@@ -30,8 +30,9 @@ from setclip.errors import InputError
 from setclip.files import remove_partial, replacing, write_json
 from setclip.hashing import permutation
 from setclip.lookup import look_up
+from setclip.models.matching import make_matching, score_matrix
 from setclip.provenance import describe
-from setclip.similarity import make_similarity
+from setclip.similarity import GridSimilarity, SetSimilarity, VectorSimilarity
 
 INDEX_NAME = "index.json"
 VECTORS_NAME, SETS_NAME, PICTURES_NAME = "vectors.faiss", "sets.npy", "pictures.parquet"
@@ -146,6 +147,8 @@ class SearchIndex:
         `queries`: (Q, D), or sets (Q, K, D), of unit norm. All pictures are returned where there are fewer than `k`.
         """
         shape = tuple(self.description["shape"])
+        if self._sets is not None and queries.ndim == 2:
+            queries = queries.unsqueeze(1)
         if queries.ndim != 1 + len(shape) or queries.shape[-1] != shape[-1]:
             raise InputError(
                 f"expected queries of the index's shape, {' × '.join(map(str, shape))} each, found "
@@ -153,10 +156,13 @@ class SearchIndex:
             )
         k = min(k, len(self))
         if self._sets is not None:
-            similarity = make_similarity(self.description["similarity"], **self.description["similarity_options"])
+            similarity = make_matching(self.description["similarity"], **self.description["similarity_options"])
             masks = mask_of(queries), mask_of(self._sets)
             # The gallery is pictures; a query by picture takes the place of a text, as similarities have one of each.
-            found = exact_top_k(similarity, queries.float(), self._sets, k, *masks, queries="texts")
+            if isinstance(similarity, GridSimilarity | VectorSimilarity):
+                found = exact_top_k(similarity, queries.float(), self._sets, k, *masks, queries="texts")
+            else:
+                found = _all_scored(similarity, queries.float(), self._sets, k, *masks)
             scores, rows = (values.cpu().numpy() for values in found)
         else:
             scores, rows = self._faiss.search(np.ascontiguousarray(queries.numpy(), np.float32), k)
@@ -164,6 +170,30 @@ class SearchIndex:
             sorted(((int(row), float(value)) for row, value in zip(*pair, strict=True) if row >= 0), key=_best_first)
             for pair in zip(rows, scores, strict=True)
         ]
+
+
+@torch.no_grad()
+def _all_scored(
+    similarity: SetSimilarity,
+    queries: Tensor,
+    sets: Tensor,
+    k: int,
+    query_mask: Tensor | None,
+    set_mask: Tensor | None,
+    at_a_time: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Returns (scores, rows), (Q, k) each, by a similarity that matches fragments: every picture is scored in full."""
+    similarity.eval()
+    scores, rows = [], []
+    for start in range(0, len(queries), at_a_time):
+        own = slice(start, start + at_a_time)
+        mask = None if query_mask is None else query_mask[own]
+        values, places = score_matrix(similarity, sets, queries[own], set_mask, mask).T.sort(
+            dim=1, descending=True, stable=True
+        )
+        scores.append(values[:, :k])
+        rows.append(places[:, :k])
+    return torch.cat(scores), torch.cat(rows)
 
 
 def _best_first(hit: tuple[int, float]) -> tuple[float, int]:
@@ -182,7 +212,8 @@ def write_index(
     """Writes the index of the pictures of `embeddings` to `out`.
 
     Single vectors are searched as `search` says, sets exactly by `similarity` with its options, by default what the
-    model's checkpoint names, or else smooth_chamfer. Of an approximate index
+    model's checkpoint names, or else smooth_chamfer. Single vectors that another similarity than the cosine compares (DH-Set's
+    pictures, whose captions are sets) count as sets of one. Of an approximate index
     the recall is measured on `num_checked` of the pictures and, where given, on `texts`, (Q, D) of unit norm.
     """
     search = search or VectorSearch()
@@ -202,6 +233,10 @@ def write_index(
     vectors = np.concatenate(arrays)
     del arrays
     described: dict[str, Any]
+    # a wrong name is said before a file is written
+    chosen = FeatureSimilarity(similarity, similarity_options, embeddings.description["model"])
+    if vectors.ndim == 2 and chosen.name not in (None, "cosine"):
+        vectors = vectors[:, None]
     if vectors.ndim == 2:
         index = look_up(_MAKERS, search.kind, "kind of index")(vectors, search)
         index.add(vectors)
@@ -221,8 +256,6 @@ def write_index(
             "two-stage search of sets is exact"
         )
     else:
-        # a wrong name is said before the file is written
-        chosen = FeatureSimilarity(similarity, similarity_options, embeddings.description["model"])
         described = {"kind": "sets", **chosen.described, "similarity": chosen.name or OF_SETS}
         vectors_path = out / SETS_NAME
         with replacing(vectors_path) as temporary:

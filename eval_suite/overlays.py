@@ -62,8 +62,8 @@ def attention_cards(
     grid: tuple[int, int],
     caption: str,
     scale: Literal["each", "common"] = "each",
-) -> Markup:
-    """Returns the photograph and its overlays side by side, for a report; each says where its slot looks most."""
+) -> list[report.SampleCard]:
+    """Returns the photograph and its overlays as cards for a report; each says where its slot looks most."""
     weights = _array(attention, "attention", "(K, N)", 2)
     overlays = attention_overlays(photo, weights, grid, scale)
     cards = [report.SampleCard(_embedded(photo, caption), caption, [], note="as the model sees it")]
@@ -77,7 +77,7 @@ def attention_cards(
                 _embedded(overlay, f"attention of slot {number}: {caption}"), f"slot {number}", [], note=where
             )
         )
-    return report.sample_cards(cards)
+    return cards
 
 
 def profile_picture(profiles: ArrayLike, title: str) -> Markup:

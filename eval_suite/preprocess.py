@@ -36,9 +36,10 @@ class Resizer:
 def pillow_transform(image_size: int, interpolation: str = "bicubic", resize_mode: str = "shortest") -> Transform:
     """Returns a function (3, H, W) uint8 → (3, image_size, image_size) uint8: exactly the pixels of open_clip's transform.
 
-    `resize_mode`: "shortest" crops the centre, "squash" does not keep the ratio of the sides. Raises InputError for others.
+    `resize_mode`: "shortest" crops the centre, "squash" does not keep the ratio of the sides, "classic" crops the centre of a
+    picture whose short side is 8/7 of the size (224 of 256), which open_clip does not know. Raises InputError for others.
     """
-    if resize_mode not in ("shortest", "squash") or interpolation not in _INTERPOLATIONS:
+    if resize_mode not in ("shortest", "squash", "classic") or interpolation not in _INTERPOLATIONS:
         raise InputError(
             f"expected a model whose pictures are resized by {' or '.join(_INTERPOLATIONS)} to the shortest side or squashed, "
             f"found {interpolation!r} and {resize_mode!r} in its preprocess_cfg; this is not built"
@@ -50,8 +51,9 @@ def pillow_transform(image_size: int, interpolation: str = "bicubic", resize_mod
         if resize_mode == "squash":
             size = (image_size, image_size)
         else:
-            other = int(image_size * long / short)
-            size = (image_size, other) if width <= height else (other, image_size)
+            side = round(image_size * 8 / 7) if resize_mode == "classic" else image_size
+            other = int(side * long / short)
+            size = (side, other) if width <= height else (other, side)
         if size != (width, height):
             array = image.permute(1, 2, 0).contiguous().numpy()
             resized = Image.fromarray(array).resize(size, _INTERPOLATIONS[interpolation])
@@ -86,5 +88,13 @@ def resizer_for(loaded: LoadedModel, name: str = "pillow") -> Resizer:
 
 
 def model_pictures(loaded: LoadedModel) -> Transform:
-    """Returns the function that makes a model's pictures: (3, H, W) uint8 → (3, size, size) uint8."""
+    """Returns the function that makes a model's pictures: (3, H, W) uint8 → (3, size, size) uint8.
+
+    Raises InputError for a model that takes features of regions.
+    """
+    if loaded.takes_regions:
+        raise InputError(
+            f"expected a model that takes pictures, found {loaded.identity.get('where')}, which takes features of regions; "
+            "evaluate it with `python -m eval_suite.retrieval --regions DIR --split test`"
+        )
     return resizer_for(loaded).make(loaded.image_size)

@@ -35,6 +35,7 @@ from eval_suite.per_query import per_query_path, save_per_query
 from eval_suite.preprocess import model_pictures
 from eval_suite.protocols import HEADLINE_RULE, PROTOCOLS, Protocol, ProtocolOutcome, Queries, Setting, whole_gallery
 from eval_suite.ranks import Ranks
+from eval_suite.regions import RegionBatches, RegionSplit, check_width, open_regions, usual_split
 from eval_suite.relevance import RightAnswers
 from eval_suite.results import Metric, Results, default_out, markdown_table
 from eval_suite.retrieval_data import RetrievalData, open_retrieval, read_captions, retrieval_place
@@ -128,6 +129,8 @@ class RetrievalConfig:
     """Data set: scenes, flickr30k, coco, cub, or any folder of shards under $SETCLIP_DATA."""
     data: Path | None = None
     """Folder of shards elsewhere; with a name, of that data set."""
+    regions: Path | None = None
+    """Folder of region features in SCAN's layout, of a model that was fine-tuned on such."""
     split: str | None = None
     """Default: test, dev or val, whichever is there first."""
     checkpoint: str | None = None
@@ -170,6 +173,10 @@ class RetrievalConfig:
                 f"expected --checkpoint or --embeddings, found both ({self.checkpoint}; {self.embeddings}); embeddings "
                 "know which model made them"
             )
+        if self.regions is not None and (self.data is not None or self.embeddings is not None):
+            raise ValueError(
+                f"expected --regions, --data or --embeddings, found more than one beside {self.regions}; leave the others out"
+            )
         if self.match and self.protocols:
             raise ValueError(
                 f"expected --match or --protocols, found both ({self.match}; {', '.join(self.protocols)}); class matching is "
@@ -196,8 +203,18 @@ def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
     `world`: who shares the work; by default nobody.
     """
     with together(world):
-        name, place = retrieval_place(config.name, config.data)
-        split, shards, data, usual, is_partial = open_retrieval(config.name, place, config.split, config.allow_partial)
+        regions: RegionSplit | None = None
+        shards: list[Shard] = []
+        if config.regions is not None:
+            split = config.split or usual_split(config.regions)
+            regions = open_regions(config.regions, split, config.name, config.allow_partial)
+            name, place = config.name or config.regions.resolve().name, config.regions
+            data, usual, is_partial = regions.data, regions.protocols, regions.is_partial
+        else:
+            name, place = retrieval_place(config.name, config.data)
+            split, shards, data, usual, is_partial = open_retrieval(
+                config.name, place, config.split, config.allow_partial
+            )
         protocols = _protocols(config, usual)
         is_partial |= _check_protocols(protocols, data, config.allow_partial)
         options = similarity_options_of(config.similarity_options)
@@ -205,6 +222,8 @@ def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
         if config.embeddings is None:
             loaded = model_to_evaluate(config.checkpoint, str(world.device) if world.size > 1 else config.device)
             identity = loaded.identity
+            if regions is not None:
+                check_width(loaded, regions.regions)
         else:
             embeddings = Embeddings.open(config.embeddings)
             identity = embeddings.description["model"]
@@ -215,8 +234,11 @@ def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
             score = similarity(*embedded_features(embeddings, data.keys, data.captions))
     else:
         assert loaded is not None
-        images = ShardImages(shards, model_pictures(loaded))
-        batches = image_batches(images, config.batch_size, config.workers)
+        batches: Sequence[Tensor]
+        if regions is not None:
+            batches = RegionBatches(regions.regions, config.batch_size)
+        else:
+            batches = image_batches(ShardImages(shards, model_pictures(loaded)), config.batch_size, config.workers)
         score = score_of(*encode_functions(loaded), batches, data.captions, similarity, world=world)
     # other similarities keep their scores themselves
     is_asked_anew = isinstance(similarity.similarity, VectorSimilarity) and len(protocols) > 1
@@ -252,7 +274,7 @@ def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
         seconds=round(seconds, 3),
     )
     pictures = None
-    if config.gallery_queries > 0:
+    if config.gallery_queries > 0 and regions is None:
         marked = _marked(found, score, data, setting)
         if world.rank == 0:
             ranks, right, what = marked

@@ -16,6 +16,10 @@ from eval_suite.results import Metric
 from eval_suite.scores import MakeScore, remembered
 from setclip.errors import InputError
 
+MOST_ELEMENTS = 16
+"""Of sets, for each of which retrieval is run."""
+_AT_A_TIME = 512  # sets whose float64 copies are in memory at a time
+
 
 @dataclass(frozen=True)
 class CircularVariance:
@@ -55,6 +59,13 @@ def circular_variance(sets: Tensor) -> CircularVariance:
         raise InputError(
             f"expected sets with elements, found {int((counts == 0).sum())} of {len(sets)} without; check them"
         )
+    blocks = zip(sets.split(_AT_A_TIME), there.split(_AT_A_TIME), strict=True)
+    return CircularVariance(torch.cat([_variances(*block) for block in blocks]))
+
+
+def _variances(sets: Tensor, there: Tensor) -> Tensor:
+    """Returns (N,) float64 of sets and where they have elements, (N, K)."""
+    counts = there.sum(1)
     unit = torch.nn.functional.normalize(sets.double(), dim=-1)
     lengths = (unit.sum(1) / counts[:, None]).norm(dim=-1)
     # 1 − ‖m‖ loses all digits where elements are nearly the same. With unit elements 1 − ‖m‖² is the sum of the squared
@@ -63,7 +74,7 @@ def circular_variance(sets: Tensor) -> CircularVariance:
     for first in range(sets.shape[1]):
         pairs = there[:, first, None] & there[:, first + 1 :]
         squares += ((unit[:, first, None] - unit[:, first + 1 :]).square().sum(-1) * pairs).sum(1)
-    return CircularVariance(squares / counts.double().square() / (1 + lengths))
+    return squares / counts.double().square() / (1 + lengths)
 
 
 def element_contribution(
@@ -98,6 +109,48 @@ def element_contribution(
         name: whole_gallery(remembered(make_score(*sides)), image_of_text, len(image_sets), setting).metrics
         for name, sides in kept.items()
     }
+
+
+def without_contribution(make_score: MakeScore, images: Tensor, texts: Tensor) -> list[str]:
+    """Returns why the contribution of elements cannot be told of such features; nothing where it can."""
+    if images.ndim == texts.ndim == 2:
+        return [
+            "What one element finds: a picture and a caption have one vector each, so there are no elements to compare."
+        ]
+    if 2 in (images.ndim, texts.ndim):
+        side = "pictures" if images.ndim == 2 else "captions"
+        return [f"What one element finds: {side} have a single vector, of which none can be left out."]
+    if not bool(images.any(-1).all() and texts.any(-1).all()):
+        return [
+            "What one element finds: sets have different sizes, so that one element of them means different things."
+        ]
+    if max(images.shape[1], texts.shape[1]) > MOST_ELEMENTS:
+        return [
+            f"What one element finds: of sets of {images.shape[1]} and {texts.shape[1]} elements this is not told, as retrieval "
+            f"is run for each; at most {MOST_ELEMENTS}."
+        ]
+    try:
+        check_similarity(make_score, images[:1], texts[:1])
+    except InputError as error:
+        return [f"What one element finds: {error}."]
+    return []
+
+
+def check_similarity(make_score: MakeScore, images: Tensor, texts: Tensor) -> None:
+    """Raises InputError where a similarity does not compare such sets, or one element of a side with all of the other."""
+    if images.ndim == texts.ndim == 2:
+        return
+    images, texts = (each[:1].unsqueeze(1) if each.ndim == 2 else each[:1] for each in (images, texts))
+    for image_set, text_set in ((images, texts), (images[:, :1], texts), (images, texts[:, :1])):
+        try:
+            make_score(image_set, text_set)(slice(0, 1), slice(0, 1))
+        except InputError as error:
+            name = getattr(make_score, "name", None) or "another"
+            raise InputError(
+                f"expected a similarity that compares sets of {images.shape[1]} and {texts.shape[1]} elements, and one element "
+                f"of a side with all of the other, as the contribution of elements asks; found {name} ({error}); take "
+                "smooth_chamfer, chamfer, mil or avg with --similarity, or leave it out"
+            ) from error
 
 
 def contribution_rows(

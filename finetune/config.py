@@ -8,7 +8,6 @@ from eval_suite.feature_similarity import similarity_options_of
 from finetune.losses import (
     LOSSES,
     DhSetDiversityConfig,
-    GramConfig,
     HybridTripletConfig,
     MmdConfig,
     PcmeConfig,
@@ -20,7 +19,9 @@ from finetune.optim import FinetuneOptimConfig
 from pretrain.bad_steps import GuardConfig
 from pretrain.ema import EmaConfig
 from pretrain.losses import LossConfig
+from pretrain.trackers import TrackerConfig
 from setclip.images import AugmentConfig
+from setclip.models.backbones import RECURRENT
 from setclip.models.set_model import HeadSettings, Inference
 
 Frozen = Literal["both", "image", "text", "none"]
@@ -28,28 +29,96 @@ Frozen = Literal["both", "image", "text", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """What gives local features, and how it learns."""
+    """What gives local features of pictures and texts, and how it learns."""
 
+    image: str = "open_clip"
+    """open_clip (the tower of --model), resnet152, resnext101, swin224, swin384, vit224, vit384, regions, or any timm name."""
+    text: str = "open_clip"
+    """open_clip (the tower of --model), bigru, bigru_concat, gru, bert, or any Hugging Face text encoder's name or folder."""
+    image_weights: str = "pretrained"
+    """pretrained, random, or a file of weights (safetensors or torch's)."""
+    text_weights: str = "pretrained"
+    """pretrained, random, or a file of weights; recurrent towers begin at random anyway."""
+    image_size: int | None = None
+    """Side of the pictures in pixels; None: the tower's own."""
+    resize: Literal["own", "shortest", "squash", "classic"] = "own"
+    """How pictures become square: shortest side and middle, both sides (squash), or 8/7 of it and middle (256 and 224)."""
     maps: int = 1
     """Last maps of a convolutional tower that are taken, side by side; more than one for the head asa."""
+    word_width: int = 300
+    """Of word embeddings (bigru, gru)."""
+    hidden_width: int = 1024
+    """Of a recurrent tower's words (bigru, gru)."""
+    words: Literal["states", "embeddings"] = "states"
+    """Local features of a recurrent tower: its states, or the words' embeddings in front of it (PVSE, PCME, DivE)."""
+    dropout: float = 0.0
+    """Of word embeddings and of a recurrent tower's words, in training."""
+    min_count: int = 4
+    """Times that a word stands in the training captions to be in the vocabulary (bigru, gru)."""
+    glove: Path | None = None
+    """Text file of word vectors, --backbone.word-width wide, with which words begin (bigru, gru)."""
+    text_length: int = 128
+    """Most tokens of a text, those around it included (not open_clip, whose model says it)."""
     freeze: Frozen = "both"
-    """Towers that do not learn, or not until --backbone.unfreeze-epoch."""
+    """Towers that do not learn, or not until --backbone.unfreeze-epoch; what is never pretrained (GRU, regions) learns always."""
     unfreeze_epoch: float | None = None
     """Epoch from which all towers learn."""
     lr_factor: float = 0.1
     """Times the learning rate, for the towers."""
+    image_lr_factor: float | None = None
+    """The same of the image tower alone; None: --backbone.lr-factor, and 1 for regions."""
+    text_lr_factor: float | None = None
+    """The same of the text tower alone; None: --backbone.lr-factor, and 1 for recurrent ones."""
     cache_gb: float = 4.0
     """Largest size of features of frozen towers that are computed once and kept in memory, in 10⁹ bytes; 0: none are."""
 
     def __post_init__(self) -> None:
-        if self.lr_factor < 0 or self.cache_gb < 0:
-            raise ValueError("backbone.lr_factor and backbone.cache_gb must not be negative")
+        for name in ("lr_factor", "cache_gb", "image_lr_factor", "text_lr_factor", "dropout"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"backbone.{name} must not be negative, found {getattr(self, name)}")
+        for name in ("maps", "word_width", "hidden_width", "min_count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"backbone.{name} must be at least 1, found {getattr(self, name)}")
+        if self.dropout >= 1:
+            raise ValueError(f"backbone.dropout must be below 1, found {self.dropout}")
+        if self.text_length < 3:
+            raise ValueError(f"backbone.text_length must be at least 3, found {self.text_length}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"backbone.image_size must be at least 1, found {self.image_size}")
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the text tower is a recurrent one."""
+        return self.text in RECURRENT
+
+    def lr_factors(self) -> tuple[float, float]:
+        """Returns what the learning rate is multiplied by for (the image tower, the text tower)."""
+        image, text = self.image_lr_factor, self.text_lr_factor
+        usual_image = 1.0 if self.image == "regions" else self.lr_factor
+        usual_text = 1.0 if self.is_recurrent else self.lr_factor
+        return usual_image if image is None else image, usual_text if text is None else text
 
     def frozen_at(self, epoch: float) -> tuple[bool, bool]:
         """Returns whether (the image tower, the text tower) is frozen after so many epochs."""
         if self.unfreeze_epoch is not None and epoch >= self.unfreeze_epoch:
             return False, False
-        return self.freeze in ("both", "image"), self.freeze in ("both", "text")
+        is_image = self.freeze in ("both", "image") and self.image != "regions"
+        return is_image, self.freeze in ("both", "text") and not self.is_recurrent
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """What is taken out of inputs in training, drawn anew at each epoch; 0: nothing."""
+
+    words: float = 0.0
+    """Share of words that are changed: of these 50 % become the mask token, 10 % a random word, 40 % are dropped."""
+    regions: float = 0.0
+    """Share of regions that are dropped; of places of a map or patches, a drawn share of at most so much of them."""
+
+    def __post_init__(self) -> None:
+        for name in ("words", "regions"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"noise.{name} must be from 0 to below 1, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +133,8 @@ class WeightsConfig:
     """The losses of pretraining on scores of sets, by --contrastive.name."""
     pcme: float = 0.0
     """Soft contrastive loss, with --similarity match_prob_l2."""
+    gaussian_kl: float = 0.0
+    """Divergence of the Gaussians from the unit one (pcme)."""
     mmd: float = 0.0
     """Maximum mean discrepancy between elements of pictures and of texts."""
     uniformity: float = 0.0
@@ -84,6 +155,8 @@ class FinetuneConfig:
     """The pretrained model: a run, a run's name, a checkpoint folder, or an open_clip NAME:TAG. None: the newest run."""
     data: Path | None = None
     """Folder of shards to train on; None: the data set of --dataset under $SETCLIP_DATA (data/)."""
+    regions: Path | None = None
+    """Folder of region features in SCAN's layout (train_ims.npy, train_caps.txt, dev_…, test_…), for --backbone.image regions."""
     dataset: str | None = None
     """flickr30k, coco or cub, whose counts are checked, or any folder under $SETCLIP_DATA."""
     split: str = "train"
@@ -129,16 +202,21 @@ class FinetuneConfig:
     """Another similarity than the head's own."""
     similarity_options: tuple[str, ...] = ()
     """Its options, as alpha=16."""
+    projection: Literal["vseinf", "dive"] | None = None
+    """A residual MLP between regions and the image head, as VSE∞ and DivE have it; None: none."""
     inference: Inference | None = None
     """What evaluation compares: set, or hybrid (dhset, dhset_fragment; their default)."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
     batch_size: int = 128
     """Pictures a step, over all ranks."""
+    accumulate: int = 1
+    """Micro-batches in which a rank's share of a step is encoded, twice each; the loss is that of the whole batch."""
     captions_per_image: int = 1
     """Captions of each, drawn anew at each epoch."""
     epochs: float = 30.0
     """Passes over the pictures."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(kind="none"))
     """Of pictures whose features are not cached."""
     workers: int | None = None
@@ -160,6 +238,7 @@ class FinetuneConfig:
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    log: TrackerConfig = field(default_factory=TrackerConfig)
 
     eval_every: float = 1.0
     """Epochs between validations; the best one's weights are what the run gives."""
@@ -173,7 +252,7 @@ class FinetuneConfig:
     """Newest checkpoints that stay, beside the chosen one."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "batch_size", "captions_per_image", "log_every_steps", "keep", "seeds"):
+        for name in ("width", "batch_size", "captions_per_image", "accumulate", "log_every_steps", "keep", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in ("epochs", "eval_every"):
@@ -188,6 +267,11 @@ class FinetuneConfig:
         if self.eval_weights == "ema" and not self.ema.decay:
             raise ValueError("eval_weights ema needs a moving average; give --ema.decay, for example 0.999")
 
+    def needs_objects(self) -> bool:
+        """Returns whether a loss looks at parsed objects of captions."""
+        has_target = bool(self.weights.contrastive) and self.contrastive.find_target().similarity is not None
+        return self.shared_objects is not None or has_target
+
     def head_settings(self) -> HeadSettings:
         """Returns what builds the heads. Raises InputError on an option that is not NAME=VALUE."""
         return HeadSettings(
@@ -199,10 +283,11 @@ class FinetuneConfig:
             similarity=self.similarity,
             similarity_options=similarity_options_of(self.similarity_options),
             inference=self.inference,
+            projection=self.projection,
         )
 
     def terms(self) -> dict[str, Weighted]:
         """Returns the losses that count, with their settings."""
-        settings: dict[str, Any] = {name: getattr(self, name, None) or GramConfig() for name in LOSSES}
+        settings: dict[str, Any] = {name: getattr(self, name, None) or term.config() for name, term in LOSSES.items()}
         weights = {name: getattr(self.weights, name) for name in LOSSES}
         return {name: Weighted(settings[name], weight) for name, weight in weights.items() if weight}

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from eval_suite.protocols import PROTOCOLS, Protocol
+from eval_suite.regions import Regions, RegionSplit, open_regions, splits_of
 from eval_suite.retrieval_data import RetrievalData, open_retrieval
 from finetune.config import FinetuneConfig
 from pretrain.loader import pad_objects
 from setclip.datasets import data_root, locate
 from setclip.errors import InputError
-from setclip.hashing import hash_text, hash_u64, permutation
+from setclip.hashing import hash_text, permutation
+from setclip.hold_out import held_out
 from setclip.log import say, warn
 from setclip.manifest import MANIFEST_NAME, Manifest
 from setclip.shards import Shard
@@ -27,7 +29,7 @@ from setclip.shards import Shard
 TRAIN_IMAGES: dict[str, tuple[int, ...]] = {"flickr30k": (29_000,), "coco": (113_287, 82_783), "cub": (7_067,)}
 """Training pictures of the data sets; COCO's with and without the images of val2014 that Karpathy left over."""
 
-_HOLD_OUT, _ORDER, _CAPTIONS = 21, 22, 23  # keep the draws apart
+_ORDER, _CAPTIONS = 22, 23  # keep the draws apart
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,11 @@ class Part:
     """Shard and row of each picture"""
     protocols: Mapping[str, Protocol]
     is_partial: bool = False
+    regions: Regions | None = None
+    """Features of the pictures' regions, where a run takes them in place of pictures; `images` is then empty"""
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.data.keys)
 
     def of(self, rows: Sequence[int], split: str) -> "Part":
         """Returns the part that has these rows alone."""
@@ -58,7 +62,9 @@ class Part:
             class_ids=[data.class_ids[i] for i in rows],
             left_out=data.left_out,
         )
-        return replace(self, split=split, data=chosen, images=[self.images[i] for i in rows])
+        regions = None if self.regions is None else self.regions.take(rows)
+        images = [self.images[i] for i in rows] if self.images else []
+        return replace(self, split=split, data=chosen, images=images, regions=regions)
 
 
 @dataclass(frozen=True)
@@ -68,18 +74,23 @@ class Parts:
     train: Part
     val: Part
     test: Part | None
-    manifest: Manifest
-    """Of the training data"""
+    manifest: Manifest | RegionSplit
+    """Of the training data; `identity()` is what a checkpoint says of them"""
 
 
 def open_parts(config: FinetuneConfig) -> Parts:
     """Opens the data, within seconds. Raises InputError that names what is missing and the command that makes it."""
-    place = _place(config)
-    manifest = Manifest.load(place)
-    train = _open(config, place, config.split)
+    manifest: Manifest | RegionSplit
+    if config.regions is not None:
+        place = config.regions
+        manifest, train = _open_regions(config, place, config.split)
+    else:
+        place = _place(config)
+        manifest = Manifest.load(place)
+        train = _open(config, place, config.split)
     _check_counts(config, train)
     if config.hold_out:
-        rows = _held_out(train, config.hold_out)
+        rows = held_out(train.data.keys, config.hold_out)
         val = train.of(sorted(rows), "held-out")
         train = train.of([i for i in range(len(train)) if i not in rows], config.split)
     else:
@@ -108,7 +119,22 @@ def _place(config: FinetuneConfig) -> Path:
     return folder if (folder / MANIFEST_NAME).exists() else locate(config.dataset)
 
 
+def _open_regions(config: FinetuneConfig, place: Path, split: str) -> tuple[RegionSplit, Part]:
+    if config.data is not None:
+        raise InputError(
+            f"expected shards or region features to train on, found both --data {config.data} and --regions {config.regions}; "
+            "leave one out"
+        )
+    found = open_regions(place, split, config.dataset, config.allow_partial)
+    chosen = {name: PROTOCOLS[name] for name in found.protocols}
+    name = config.dataset or place.name
+    return found, Part(name, place, split, found.data, [], chosen, found.is_partial, found.regions)
+
+
 def _open(config: FinetuneConfig, place: Path, split: str | None) -> Part:
+    if config.regions is not None:
+        assert split is not None
+        return _open_regions(config, place, split)[1]
     split, shards, data, protocols, is_partial = open_retrieval(config.dataset, place, split, config.allow_partial)
     images = [(shard, row) for shard in shards for row in range(len(shard))]
     chosen = {name: PROTOCOLS[name] for name in protocols}
@@ -124,10 +150,10 @@ def _open(config: FinetuneConfig, place: Path, split: str | None) -> Part:
 
 def _open_val(config: FinetuneConfig, place: Path) -> Part:
     folder = config.val or place
-    split = config.val_split or _first_of(folder, ("val", "dev", "val_in"), ())
+    split = config.val_split or _first_of(config, folder, ("val", "dev", "val_in"), ())
     if split is None:
         raise InputError(
-            f"expected validation data, on which the checkpoint is chosen, found splits {Manifest.load(folder).splits} in "
+            f"expected validation data, on which the checkpoint is chosen, found splits {_splits(config, folder)} in "
             f"{folder}; name one with --val DIR and --val-split, or take pictures out of the training with --hold-out 1000"
         )
     if split == config.split and folder == place:
@@ -144,10 +170,11 @@ def _open_test(config: FinetuneConfig, place: Path, val: Part) -> Part | None:
     folder = config.test or place
     taken = [config.split] if folder == place else []
     taken += [val.split] if folder == val.place else []
-    split = config.test_split or _first_of(folder, ("test", "dev", "val"), taken)
+    names = ("testall", "test", "dev", "val") if config.regions is not None else ("test", "dev", "val")
+    split = config.test_split or _first_of(config, folder, names, taken)
     if split is None and config.test is not None:
         raise InputError(
-            f"expected a split test, dev or val in {folder}, found {Manifest.load(folder).splits}; name one with --test-split"
+            f"expected a split test, dev or val in {folder}, found {_splits(config, folder)}; name one with --test-split"
         )
     if split is None:
         say("note: no test data were found, and none are named by --test: the results are those of the validation data")
@@ -155,14 +182,18 @@ def _open_test(config: FinetuneConfig, place: Path, val: Part) -> Part | None:
     return _open(config, folder, split)
 
 
-def _first_of(folder: Path, names: Sequence[str], but: Sequence[str]) -> str | None:
-    splits = Manifest.load(folder).splits
+def _splits(config: FinetuneConfig, folder: Path) -> list[str]:
+    return splits_of(folder) if config.regions is not None else list(Manifest.load(folder).splits)
+
+
+def _first_of(config: FinetuneConfig, folder: Path, names: Sequence[str], but: Sequence[str]) -> str | None:
+    splits = _splits(config, folder)
     return next((name for name in names if name in splits and name not in but), None)
 
 
 def _check_counts(config: FinetuneConfig, train: Part) -> None:
     """Raises InputError where a known data set has another number of pictures, or one has too few captions."""
-    expected = TRAIN_IMAGES.get(config.dataset or "", ())
+    expected = () if config.regions is not None else TRAIN_IMAGES.get(config.dataset or "", ())
     if expected and config.split == "train" and len(train) not in expected and not config.allow_partial:
         dropped = ", ".join(f"{reason}: {count:,}" for reason, count in Manifest.load(train.place).dropped.items())
         raise InputError(
@@ -181,23 +212,6 @@ def _check_counts(config: FinetuneConfig, train: Part) -> None:
 
 def _usable(data: RetrievalData) -> list[tuple[str, list[str]]]:
     return [(key, [t for t in texts if t.strip()]) for key, texts in zip(data.keys, data.captions, strict=True)]
-
-
-def _held_out(train: Part, number: int) -> set[int]:
-    """Returns the rows that are validation data: those of the lowest hashes of keys, whatever the seed of the run."""
-    if number >= len(train):
-        raise InputError(
-            f"expected fewer pictures held out than there are, found --hold-out {number} of {len(train):,}; lower it"
-        )
-    by_key: dict[str, list[int]] = {}
-    for row, key in enumerate(train.data.keys):
-        by_key.setdefault(key, []).append(row)
-    rows: set[int] = set()
-    for key in sorted(by_key, key=lambda key: int(hash_u64(_HOLD_OUT, hash_text(key)))):
-        if len(rows) >= number:
-            break
-        rows |= set(by_key[key])  # a picture that is there twice goes as a whole
-    return rows
 
 
 # --- training

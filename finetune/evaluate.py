@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval_suite.encode import EncodeImage, EncodeText
+from eval_suite.encode import EncodeImage, EncodeText, KeepsNorms
 from eval_suite.feature_similarity import FeatureSimilarity
 from eval_suite.preprocess import model_pictures
 from eval_suite.protocols import DIRECTIONS, RECALLS, ProtocolOutcome, Setting
 from eval_suite.results import Results
 from eval_suite.retrieval import score_of
 from eval_suite.scores import Score, remembered
+from finetune.data import Part
 from finetune.features import PartInputs, Pictures, picture_batches, pixels_of
+from finetune.noise import features_of_pictures
 from setclip.checkpoint import LoadedModel
 from setclip.distributed import World
 from setclip.models.set_model import Inference, SetModel, as_features
@@ -36,7 +38,8 @@ def score_with(
 
     def encode_image(rows: Tensor) -> Tensor:
         if inputs.images is not None:
-            return as_features(model.images(inputs.images.of(rows, device)))
+            found = features_of_pictures(model.backbone, inputs.images.of(rows, device))
+            return as_features(model.images(found))
         assert pictures is not None
         batch = next(picture_batches(pictures, _once([(int(row), 0) for row in rows]), 0))
         return model.encode_image(pixels_of(batch, loaded, device))
@@ -51,9 +54,9 @@ def score_with(
     number = len(inputs.part)
     batches = [torch.arange(i, min(i + _AT_A_TIME, number)) for i in range(0, number, _AT_A_TIME)]
     named = dict(model.similarity_of_features(inference))
-    similarity = FeatureSimilarity(identity={"similarity": named})
-    image: EncodeImage = encode_image
-    text: EncodeText = encode_text
+    similarity = FeatureSimilarity(identity={"similarity": named}, weights=model.state_dict())
+    image: EncodeImage = KeepsNorms(encode_image) if model.keeps_norms else encode_image
+    text: EncodeText = KeepsNorms(encode_text) if model.keeps_norms else encode_text
     was_training = model.training
     model.eval()
     try:
@@ -92,9 +95,24 @@ def results_of(
     config: dict[str, Any],
 ) -> Results:
     """Returns the results of all protocols of a part, with intervals, as the command of retrieval writes them."""
-    part, begun = inputs.part, time.monotonic()
+    begun = time.monotonic()
     score, similarity = score_with(model, inputs, loaded, world, inference, show_progress=False)
-    score = remembered(score, 2**27 // world.size)
+    details = {**similarity.described, "inference": inference}
+    return results_of_score(
+        remembered(score, 2**27 // world.size), inputs.part, world, identity, config, details, begun
+    )
+
+
+def results_of_score(
+    score: Score,
+    part: Part,
+    world: World,
+    identity: dict[str, Any],
+    config: dict[str, Any],
+    details: dict[str, Any],
+    begun: float,
+) -> Results:
+    """Returns the results of all protocols of a part from scores of its pictures with its texts. `begun`: time.monotonic()."""
     setting = Setting(world=world)
     found: dict[str, ProtocolOutcome] = {
         name: protocol.run(score, part.data, setting) for name, protocol in part.protocols.items()
@@ -109,7 +127,7 @@ def results_of(
             "place": str(part.place),
             "split": part.split,
             "images": len(part),
-            "captions": len(inputs.all_texts),
+            "captions": sum(map(len, part.data.captions)),
             "captions_sha256": part.data.captions_sha256,
         },
         metrics={name: metric for outcome in found.values() for name, metric in outcome.metrics.items()},
@@ -119,8 +137,7 @@ def results_of(
         is_partial=part.is_partial,
         details={
             "protocols": {name: protocol.sentence for name, protocol in part.protocols.items()},
-            **similarity.described,
-            "inference": inference,
+            **details,
             "captions_left_out": part.data.left_out,
             "ranks": world.size,
         },

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from eval_suite.preprocess import model_pictures
+from eval_suite.regions import Regions
 from eval_suite.sharing import own_run, together
 from finetune.data import Batch, Part, TrainOrder
 from pretrain.stopping import leave_signals_to_the_parent
@@ -30,7 +31,24 @@ _AUGMENT = 24
 _AT_A_TIME = 128
 
 Inputs = Features | Tensor
-"""Of one side: features, or what the towers take: pictures (B, 3, S, S) uint8, tokens (B, L) int64"""
+"""Of one side: features, or what the towers take: pictures (B, 3, S, S) uint8, regions (B, N, E), tokens (B, L) int64"""
+
+
+class RegionStore:
+    """Features of regions of n pictures, read from their file as they are asked for."""
+
+    gigabytes = 0.0
+    """What it keeps in memory"""
+
+    def __init__(self, regions: Regions):
+        self.regions = regions
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    def of(self, rows: Tensor, device: torch.device) -> Tensor:
+        """Returns the regions of some, (B,) int64: (B, N, E) float32."""
+        return self.regions.of(rows.numpy()).to(device)
 
 
 class FeatureStore:
@@ -70,10 +88,12 @@ class PartInputs:
     """Where the inputs of a part come from; a store is None where the tower learns, or its features would not fit."""
 
     part: Part
-    images: FeatureStore | None
+    images: FeatureStore | RegionStore | None
     texts: FeatureStore | None
 
     def __post_init__(self) -> None:
+        if self.part.regions is not None:
+            self.images = RegionStore(self.part.regions)
         starts = [0]
         for texts in self.part.data.captions:
             starts.append(starts[-1] + len(texts))
@@ -157,10 +177,10 @@ def make_inputs(
 ) -> PartInputs:
     """Returns the inputs of a part, with the features of (image, text) towers that are frozen, as far as they fit. Collective."""
     device = world.device
-    pictures = Pictures(part, model_pictures(loaded))
     inputs = PartInputs(part, None, None)
 
     def image_batches(rows: list[range]) -> Iterator[Features]:
+        pictures = Pictures(part, model_pictures(loaded))
         places = iter([[(row, 0) for row in run] for run in rows])
         for batch in picture_batches(pictures, places, None):
             yield backbone.image(pixels_of(batch, loaded, device))
@@ -174,7 +194,7 @@ def make_inputs(
         ("images", frozen[0], len(part), image_batches),
         ("texts", frozen[1], len(inputs.all_texts), text_batches),
     ):
-        if not is_frozen or room <= 0:
+        if not is_frozen or room <= 0 or getattr(inputs, side) is not None:
             continue
         store = _store(batches, number, room, f"{side} of {part.name} {part.split}", world)
         if store is not None:

@@ -3,6 +3,7 @@
     python -m finetune.run --head slot --model runs/photos --data data/photos --hold-out 1000 --out runs/ft
     python -m finetune.run photos --head dhset                    # a recipe's values are the defaults of the flags
     python -m finetune.run photos --head slot --seeds 3           # mean and standard deviation of three runs
+    python -m finetune.run dhset-cub-swin224-bert                 # a paper's row: python -m finetune.recipes lists them
     torchrun --nproc-per-node 8 -m finetune.run --head slot --dataset coco --ranks 8
 
 The checkpoint is chosen on validation data, never on test data. The run folder holds config.yaml, metrics.jsonl, checkpoints/ and
@@ -22,21 +23,22 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from eval_suite.model import model_to_evaluate
 from eval_suite.results import Results, markdown_table
 from finetune.config import FinetuneConfig
 from finetune.data import Parts, open_parts
 from finetune.evaluate import results_of, results_path
-from finetune.recipes import RECIPES
+from finetune.features import PartInputs
+from finetune.recipes import RECIPES, ROWS
+from finetune.recipes.comparison import write_comparison
+from finetune.towers import check_towers, towers_of
 from finetune.training import Run, Start, Training, check_ranks, course_of, start_of
 from pretrain.bad_steps import NAME, RollBack
 from pretrain.resume import TrainState
 from pretrain.stopping import StopRequest, run_to_its_end
+from pretrain.trackers import check_trackers
 from setclip import config as configuration
 from setclip import distributed
 from setclip.checkpoint import (
-    OPEN_CLIP_CONFIG_NAME,
-    LoadedModel,
     checkpoints_of,
     find_checkpoint,
     read_description,
@@ -48,31 +50,35 @@ from setclip.files import remove, write_json
 from setclip.log import say, warn
 from setclip.lookup import look_up
 from setclip.models.backbones import make_backbone
-from setclip.models.clip import load_weights, model_config
+from setclip.models.clip import load_weights
 from setclip.models.heads import HEADS
 from setclip.models.set_model import SetModel
 
 RESULTS_NAME = "results.json"
 
 
-def finetune(recipe: str, config: FinetuneConfig) -> Path:
+def finetune(recipe: str, config: FinetuneConfig, kept: dict[str, PartInputs] | None = None) -> Path:
     """Runs the fine-tuning, once or with each of several seeds; returns the run folder. All ranks call.
+
+    `kept`: inputs of "train", "val" and "test" with features of frozen towers, to share with other runs on the same towers and
+    data; what is missing is made and put in.
 
     Raises InputError where something does not fit, Stopped when it was asked to stop and has saved, and FloatingPointError where
     going back did not help against losses or gradients that are not finite.
     """
     look_up(HEADS, config.head, "head")
     config.head_settings()
+    check_towers(config)
+    check_trackers(config.log)
     check_ranks(config.ranks, distributed.read_environment()[1])
     world = distributed.start(config.device, timeout_minutes=max(10.0, 1.5 * config.guard.hang_minutes))
     out = config.out or Path("runs") / f"{recipe}-{config.head}"
     _check_folder(out, config)
     parts = open_parts(config)
-    source, model_cfg = towers_of(config)
-    backbone = {"kind": "open_clip", "model": model_cfg, "maps": config.backbone.maps}
-    source.model.requires_grad_(False)
+    begin = towers_of(config, parts)
+    source = begin.source
     # what does not fit is told before anything is done
-    checked = SetModel(make_backbone(backbone), config.head_settings())
+    checked = SetModel(make_backbone(begin.backbone), config.head_settings())
     counts = {"towers": 0, "heads": 0}
     for name, parameter in checked.named_parameters():
         counts["towers" if name.startswith("backbone.") else "heads"] += parameter.numel()
@@ -82,7 +88,7 @@ def finetune(recipe: str, config: FinetuneConfig) -> Path:
     if world.rank == 0 and config.overwrite:
         remove(out)
     distributed.broadcast(None)
-    kept: dict[str, Any] = {}
+    kept = {} if kept is None else kept
     results = []
     for seed in range(config.seed, config.seed + config.seeds):
         folder = out if config.seeds == 1 else out / f"seed-{seed}"
@@ -92,11 +98,13 @@ def finetune(recipe: str, config: FinetuneConfig) -> Path:
         else:
             if config.seeds > 1:
                 say(f"\nseed {seed}:")
-            _one(Run(recipe, own, folder, parts, source, backbone, kept), world)
+            _one(Run(recipe, own, folder, parts, source, begin.backbone, begin.weights, kept), world)
         results.append(folder)
     if world.rank == 0 and config.seeds > 1:
         write_json(out / RESULTS_NAME, over_seeds(results))
         say(seeds_text(json.loads((out / RESULTS_NAME).read_text(encoding="utf-8"))))
+        if recipe in ROWS:
+            say(f"\n{write_comparison(out, recipe)}")
     distributed.broadcast(None)
     return out
 
@@ -160,27 +168,11 @@ def _report(run: Run, training: Training, world: World) -> None:
                 tables.append(found)
     for found in tables:
         say(f"\n{markdown_table([found])}".rstrip())
+    if world.rank == 0 and run.recipe in ROWS:
+        say(f"\n{write_comparison(run.out, run.recipe)}")
     validation = identity["validation"]
     say(f"\nchosen: step {validation['step']:,}, by rsum {validation['value']:.2f} on {run.parts.val.split}")
     say(f"results: {run.out / RESULTS_NAME}\ncheckpoint: {chosen}")
-
-
-# --- what it begins with
-
-
-def towers_of(config: FinetuneConfig) -> tuple[LoadedModel, dict[str, Any]]:
-    """Returns the pretrained model, on the CPU, and its configuration as open_clip has it. Raises InputError."""
-    loaded = model_to_evaluate(config.model, "cpu")
-    if isinstance(loaded.model, SetModel):
-        raise InputError(
-            f"expected a pretrained model with two towers, found a fine-tuned one at {loaded.identity['where']}; give the model "
-            f"that it began with ({loaded.identity.get('from', {}).get('where', 'see its setclip_config.json')})"
-        )
-    folder = Path(str(loaded.identity["where"]))
-    if folder.is_dir():
-        content = json.loads((folder / OPEN_CLIP_CONFIG_NAME).read_text(encoding="utf-8"))
-        return loaded, content["model_cfg"]
-    return loaded, model_config(str(loaded.identity["model"]))
 
 
 def _check_folder(out: Path, config: FinetuneConfig) -> None:
@@ -198,12 +190,15 @@ def _announce(config: FinetuneConfig, parts: Parts, world: World) -> None:
             say(
                 f"{what}: {part.place}, {part.split}: {len(part):,} pictures, {sum(map(len, part.data.captions)):,} captions"
             )
-    frozen = {"both": "both towers", "image": "the image tower", "text": "the text tower", "none": "no tower"}
+    frozen = {
+        (True, True): "both towers", (True, False): "the image tower", (False, True): "the text tower",
+        (False, False): "no tower",
+    }  # fmt: skip
     until = f" until epoch {config.backbone.unfreeze_epoch:g}" if config.backbone.unfreeze_epoch is not None else ""
     terms = ", ".join(f"{weighted.weight:g} {name}" for name, weighted in config.terms().items())
     say(
-        f"{frozen[config.backbone.freeze]} frozen{until}; loss {terms}; {world.size} rank(s), {config.batch_size} pictures × "
-        f"{config.captions_per_image} captions a step, {config.epochs:g} epochs, {config.precision}, {world.device}"
+        f"{frozen[config.backbone.frozen_at(0.0)]} frozen{until}; loss {terms}; {world.size} rank(s), {config.batch_size} "
+        f"pictures × {config.captions_per_image} captions a step, {config.epochs:g} epochs, {config.precision}, {world.device}"
     )
 
 
@@ -227,6 +222,8 @@ def over_seeds(folders: Sequence[Path]) -> dict[str, Any]:
         "runs": [str(folder) for folder in folders],
         "head": first.checkpoint.get("head"),
         "dataset": first.dataset,
+        "is_partial": any(result.is_partial for result in found),
+        "config": first.config,
         "headline": first.headline,
         "metrics": metrics,
     }

@@ -7,6 +7,7 @@ ranks of the gradients is then that of one process. Letters: b pictures and t te
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from finetune.config import FinetuneConfig
 from finetune.features import Inputs
 from finetune.losses import BatchObjects, LossStep, Pairs, Weighted, total_loss
+from finetune.noise import DroppedPixels, features_of_pictures
 from pretrain.losses import Moment
 from setclip import distributed
 from setclip.errors import InputError
@@ -43,6 +45,15 @@ def loss_numbers(terms: Mapping[str, Weighted]) -> nn.ParameterDict:
     return nn.ParameterDict({"log_scale": torch.tensor(math.log(1 / 0.07))})
 
 
+@dataclass(frozen=True)
+class Pull:
+    """Gradients of the loss: of outputs of heads on this rank, by name, and of parameters that the loss itself looks at."""
+
+    images: Mapping[str, Tensor]
+    texts: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor]
+
+
 class StepModule(nn.Module):
     """A SetModel with its losses, and the numbers that these learn (`loss_numbers`)."""
 
@@ -53,13 +64,28 @@ class StepModule(nn.Module):
         self.model, self.terms, self.numbers, self.max_scale = model, dict(terms), numbers, max_scale
         self._hybrid = _hybrid_similarity(model) if "triplet_hybrid" in terms else None
 
-    def forward(self, images: Inputs, texts: Inputs, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss, the same on all ranks, and each part of it before its weight."""
+    def forward(
+        self, images: Inputs | DroppedPixels, texts: Inputs, batch: StepBatch | None = None, pull: Pull | None = None
+    ) -> Any:
+        """Returns the loss, the same on all ranks, and each part of it before its weight. Without a batch the outputs of the
+        heads on this rank alone; with a `pull` the sum of their products with it (`finetune.micro_batches`).
+        """
         model = self.model
-        image_features = images if isinstance(images, Features) else model.backbone.image(images)
+        image_features = features_of_pictures(model.backbone, images)
         text_features = texts if isinstance(texts, Features) else model.backbone.text(texts)
-        image_sets, text_sets = gathered(model.images(image_features)), gathered(model.texts(text_features))
-        pair = model.pair
+        own_images, own_texts = model.images(image_features), model.texts(text_features)
+        if batch is not None:
+            return self.loss_of(own_images, own_texts, batch)
+        if pull is None:
+            return own_images, own_texts
+        total = _product(own_images, pull.images) + _product(own_texts, pull.texts)
+        parameters = dict(self.named_parameters()) if pull.parameters else {}
+        return total + sum((parameters[name] * gradient).sum() for name, gradient in pull.parameters.items())
+
+    def loss_of(self, images: HeadOutput, texts: HeadOutput, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns what `forward` gives of a batch, of this rank's outputs of the heads. Collective."""
+        image_sets, text_sets = gathered(images), gathered(texts)
+        pair = self.model.pair
         step = LossStep(
             pair.scores(image_sets, text_sets),
             batch.pairs,
@@ -75,6 +101,18 @@ class StepModule(nn.Module):
         )
         total = total_loss(step, self.terms)
         return total.loss, dict(total.parts)
+
+
+def _product(output: HeadOutput, gradients: Mapping[str, Tensor]) -> Tensor:
+    """Returns the sum of an output's tensors times their gradients."""
+    values = {"sets": output.sets, "residuals": output.residuals, **output.auxiliary}
+    total = 0.0 * output.sets.sum()
+    for name, gradient in gradients.items():
+        value = values[name]
+        assert value is not None
+        # sets of this micro-batch may be smaller than the largest
+        total = total + (value * (gradient[:, : value.shape[1]] if value.ndim == 3 else gradient)).sum()
+    return total
 
 
 def _hybrid_similarity(model: SetModel) -> nn.Module:
@@ -100,6 +138,9 @@ def gathered(output: HeadOutput) -> HeadOutput:
     auxiliary = dict(output.auxiliary)
     if "weighted" in auxiliary:
         auxiliary["weighted"] = _rows(auxiliary["weighted"], missing)
+    for name in ("mean", "log_sigma"):
+        if name in auxiliary:
+            auxiliary[name] = distributed.gather_with_gradient(auxiliary[name].contiguous())
     return replace(
         output,
         sets=_rows(sets, missing),

@@ -3,6 +3,7 @@
 accelerate wraps the model (DDP, bf16); signals, bad steps and the files of a resume are pretraining's. Used by finetune.run.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -34,6 +35,8 @@ from finetune.features import (
     train_pictures,
 )
 from finetune.losses import BatchObjects, Pairs, share_objects
+from finetune.micro_batches import check_micro_batches, divided_backward
+from finetune.noise import DroppedPixels, Dropping, noisy_tokens, without_some, word_draws
 from finetune.optim import parameter_groups
 from finetune.state import moments_of, preprocess_of, restore_moments, write_set_model
 from finetune.step import StepBatch, StepModule, loss_numbers, terms_of
@@ -42,6 +45,8 @@ from pretrain.checkpoints import checkpoint_to_resume
 from pretrain.losses import Moment
 from pretrain.resume import TrainState, read_average, read_state, write_state
 from pretrain.stopping import Stopped, StopRequest
+from pretrain.trackers import Tracker, open_trackers
+from pretrain.watchdog import Watchdog
 from setclip import config as configuration
 from setclip import distributed
 from setclip.checkpoint import (
@@ -58,10 +63,11 @@ from setclip.distributed import World
 from setclip.errors import InputError
 from setclip.files import remove, remove_partial
 from setclip.hashing import hash_u64
-from setclip.log import Meter, is_speaker, say
+from setclip.log import Meter, is_speaker, say, warn
 from setclip.models.backbones import make_backbone
 from setclip.models.clip import load_weights
 from setclip.models.set_model import HeadSettings, SetModel
+from setclip.models.subspaces import COLLAPSED
 from setclip.provenance import describe
 
 METRICS_NAME = "metrics.jsonl"
@@ -80,6 +86,8 @@ class Run:
     """The pretrained model, whose towers the run takes, and how its pictures are prepared"""
     backbone: dict[str, Any]
     """Its description as a backbone"""
+    weights: dict[str, Tensor]
+    """Those of the backbone's that all seeds begin with (`finetune.towers`)"""
     kept: dict[str, PartInputs]
     """Inputs of the parts with towers as they begin, "train", "val" and "test"; made where they are first needed"""
 
@@ -92,9 +100,7 @@ class Run:
         """Returns the model as the run begins: the towers' weights, and new heads, which the seed decides."""
         torch.manual_seed(self.config.seed)
         backbone = make_backbone(self.backbone)
-        load_weights(
-            backbone, {f"clip.{n}": v for n, v in self.source.model.state_dict().items()}, "the pretrained model"
-        )
+        load_weights(backbone, {**backbone.state_dict(), **self.weights}, "the pretrained model")
         return SetModel(backbone, self.settings)
 
 
@@ -117,15 +123,29 @@ def course_of(run: Run) -> dict[str, Any]:
         *("match", "shared_objects", "objects", "weights", "optim", "ema", "eval_every", "eval_weights"),
         *("triplet", "triplet_hybrid", "contrastive", "pcme", "mmd", "uniformity", "dhset_diversity"),
     )
-    backbone = {name: tree["backbone"][name] for name in ("freeze", "unfreeze_epoch", "lr_factor")}
+    own = tree["backbone"]
+    backbone = {name: own[name] for name in ("freeze", "unfreeze_epoch", "lr_factor")}
+    for name in ("image_lr_factor", "text_lr_factor", "image_weights", "text_weights", "glove"):
+        if own[name] not in (None, "pretrained"):
+            backbone[name] = own[name]
     return {
         **{name: tree[name] for name in names},
-        "model": {"backbone": run.backbone, "head": asdict(run.settings)},
+        "model": {"backbone": _shortened(run.backbone), "head": asdict(run.settings)},
+        **({"noise": tree["noise"]} if any(tree["noise"].values()) else {}),
         "towers": backbone,
         "from": run.source.identity.get("where"),
         "data": run.parts.manifest.identity()["digest"],
         "val": run.parts.val.data.captions_sha256,
     }
+
+
+def _shortened(value: Any) -> Any:
+    """Returns a description with digests in place of long texts: vocabularies and tokenizers."""
+    if isinstance(value, dict):
+        return {name: _shortened(each) for name, each in value.items()}
+    if isinstance(value, str) and len(value) > 200:
+        return hashlib.sha256(value.encode()).hexdigest()
+    return value
 
 
 def start_of(run: Run, world: World, left_out: tuple[int, ...] = ()) -> Start:
@@ -185,13 +205,14 @@ class Training:
         self.objects = self._objects()
         self.terms = terms_of(config)
         self.model = run.build().to(world.device)
+        check_micro_batches(config.accumulate, config.batch_size // world.size, self.model)
         self.numbers = loss_numbers(self.terms).to(world.device)
         self.others = dict(self.numbers.items())
         if start.weights is not None:
             load_weights(self.model, start.weights, str(start.folder))
         self.names = {**dict(self.model.named_parameters()), **self.others}
         self._learned = {name for name, p in self.names.items() if p.requires_grad}
-        groups = parameter_groups(self.model, self.others, config.optim, config.backbone.lr_factor)
+        groups = parameter_groups(self.model, self.others, config.optim, config.backbone.lr_factors())
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
         )
@@ -206,6 +227,7 @@ class Training:
         self.metrics = run.out / METRICS_NAME
         self.bad_steps = BadSteps(config.guard, run.out)
         self.best = self._best_so_far()
+        self._told_of_collapse = False
         self._sums: dict[str, float] = {}
         self._count = 0
         self._last_save = time.monotonic()
@@ -213,7 +235,9 @@ class Training:
         if world.rank == 0:
             remove_partial(run.out / CHECKPOINTS_FOLDER)
             _keep_until(self.metrics, self.step)
-        distributed.broadcast(None)
+        self.validations: list[float] = distributed.broadcast(_validations_in(self.metrics) if world.rank == 0 else [])
+        self.watchdog: Watchdog | None = None
+        self.trackers: list[Tracker] = []
 
     # --- the loop
 
@@ -226,9 +250,13 @@ class Training:
         meter = Meter(
             self.total_steps * self.config.batch_size, "fine-tuning", "pictures", self.step * self.config.batch_size
         )
+        if self.world.rank == 0:
+            self.trackers = open_trackers(self.config.log, self.spec.out, self.step, configuration.to_dict(self.config))
+        self.watchdog = Watchdog(self.spec.out, self.world, 60 * self.config.guard.hang_minutes)
         try:
             pictures = self._pictures()
             while self.step < self.total_steps:
+                self._at("reading data")
                 if self._stage_ends():
                     self._enter_stage()
                     self._prepare_inputs()
@@ -244,22 +272,39 @@ class Training:
                 self._look_around(meter, asked, is_time)
         finally:
             meter.close()
+            self.watchdog.close()
+            for tracker in self.trackers:
+                tracker.close()
         return self.spec.out / CHECKPOINTS_FOLDER / CHOSEN_NAME
 
-    def _train_on(self, batch: Batch, inputs: tuple[Inputs, Inputs]) -> tuple[bool, bool]:
+    def _at(self, work: str) -> None:
+        """Tells the watchdog what begins."""
+        if self.watchdog is not None:
+            self.watchdog.at(self.step + 1, work)
+
+    def _train_on(self, batch: Batch, inputs: tuple[Inputs | DroppedPixels, Inputs]) -> tuple[bool, bool]:
         """Takes a step; returns whether a rank was asked to stop, and whether it is time for a checkpoint."""
         config, epoch = self.config, self.step / self.order.steps_per_epoch
+        self._at("stepping")
         torch.manual_seed(
             int(hash_u64(_DROPOUT, config.seed, self.step, self.world.rank) >> 1)
         )  # dropout resumes exactly
         self._set_mode()
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        rate = config.optim.rate(self.step * config.batch_size, self.total_steps * config.batch_size, epoch)
+        rate = config.optim.rate(
+            self.step * config.batch_size, self.total_steps * config.batch_size, epoch, self.validations
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        loss, parts = self.wrapped(*inputs, self._known(batch, epoch))
-        # an infinite loss may have a finite gradient; as NaN it reaches every rank
-        self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        known = self._known(batch, epoch)
+        if config.accumulate > 1:
+            loss, parts = divided_backward(
+                self.module, self.wrapped, self.accelerator, *inputs, known, config.accumulate
+            )
+        else:
+            loss, parts = self.wrapped(*inputs, known)
+            # an infinite loss may have a finite gradient; as NaN it reaches every rank
+            self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         learning = [p for p in self.names.values() if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(learning, config.optim.clip_grad_norm or math.inf))
         is_finite = math.isfinite(norm)
@@ -288,12 +333,15 @@ class Training:
     def _look_around(self, meter: Meter, asked: bool, is_time: bool) -> None:
         """Logs, validates and saves where it is time; ends the run where it is asked to. Collective."""
         is_last = self.step == self.total_steps
+        self._at("logging")
         if self.step % self.config.log_every_steps == 0 or is_last or asked:
             self._line(meter)
         is_evaluated = self.step % self.eval_steps == 0 or is_last
         if is_evaluated:
+            self._at("evaluating")
             self._validate(meter)
         if is_evaluated or is_time or asked:
+            self._at("saving")
             folder = self._save()
             if asked and not is_last:
                 name = next(filter(None, distributed.gather_objects(self.request.signal)))
@@ -331,26 +379,33 @@ class Training:
 
     def _objects(self) -> TrainObjects | None:
         config = self.config
-        needs = config.shared_objects is not None or (
-            config.weights.contrastive and config.contrastive.find_target().similarity is not None
-        )
-        return TrainObjects(self.spec.parts.train, config.objects) if needs else None
+        return TrainObjects(self.spec.parts.train, config.objects) if config.needs_objects() else None
 
-    def _inputs_of(self, batch: Batch, pictures: Iterator[Tensor] | None) -> tuple[Inputs, Inputs]:
-        """Returns the inputs of this rank's share: features, or pictures and tokens."""
-        of_train, device = self.inputs["train"], self.world.device
+    def _inputs_of(self, batch: Batch, pictures: Iterator[Tensor] | None) -> tuple[Inputs | DroppedPixels, Inputs]:
+        """Returns the inputs of this rank's share: features, or pictures and tokens; --noise takes something out of them."""
+        of_train, device, noise, seed = self.inputs["train"], self.world.device, self.config.noise, self.config.seed
+        backbone = self.model.backbone
         own = own_share(batch, self.world)
         rows = torch.from_numpy(batch.rows[own])
         numbers = torch.from_numpy(batch.captions[own])
         texts = (of_train.text_starts[rows][:, None] + numbers).flatten()
+        keys = self.order.image_ids(batch)[own]
+        dropping = Dropping(noise.regions, seed, batch.epoch, keys)
+        images: Inputs | DroppedPixels
         if of_train.images is not None:
-            images: Inputs = of_train.images.of(rows, device)
+            images = of_train.images.of(rows, device)
+            if noise.regions:
+                is_raw = isinstance(images, Tensor)
+                images = DroppedPixels(images, dropping) if is_raw else without_some(images, dropping)
         else:
             assert pictures is not None
-            images = pixels_of(next(pictures), self.source, device)
-        if of_train.texts is not None:
+            pixels = pixels_of(next(pictures), self.source, device)
+            images = DroppedPixels(pixels, dropping) if noise.regions else pixels
+        if of_train.texts is not None and not noise.words:
             return images, of_train.texts.of(texts, device)
-        return images, self.model.backbone.tokenizer([of_train.all_texts[i] for i in texts.tolist()]).to(device)
+        words = [of_train.all_texts[i] for i in texts.tolist()]
+        draws = word_draws(seed, batch.epoch, keys, batch.captions[own])
+        return images, noisy_tokens(backbone, words, noise.words, draws).to(device)
 
     def _pictures(self) -> Iterator[Tensor] | None:
         """Returns the pictures of the steps from now on; None where their features are kept."""
@@ -379,7 +434,7 @@ class Training:
                 f"{self.config.width}, and the towers are frozen; take --backbone.freeze none or another width"
             )
         # accelerate changes what it wraps: each stage has a module of its own
-        module = StepModule(self.model, self.terms, self.numbers, self.config.optim.max_logit_scale)
+        self.module = module = StepModule(self.model, self.terms, self.numbers, self.config.optim.max_logit_scale)
         # of towers that learn, what a head has no use for (a global feature) gets no gradient
         self.accelerator.ddp_handler.find_unused_parameters = self.frozen != (True, True)
         self.wrapped = self.accelerator.prepare_model(module)
@@ -403,7 +458,9 @@ class Training:
                 for store in (kept.images, kept.texts)
                 if store is not None
             )
-            run.kept[name] = make_inputs(part, self.model.backbone, run.source, self.frozen, room, self.world)
+            # words change anew at each epoch, so features of training texts would not stay
+            stays = (self.frozen[0], self.frozen[1] and not (name == "train" and self.config.noise.words))
+            run.kept[name] = make_inputs(part, self.model.backbone, run.source, stays, room, self.world)
         return run.kept[name]
 
     def _set_mode(self) -> None:
@@ -433,7 +490,16 @@ class Training:
         }
         subspaces = getattr(self.model.pair.text, "subspaces", None)
         if subspaces is not None:
-            entry |= subspaces.statistics()
+            entry |= (found := subspaces.statistics())
+            # new ones are alike, so the first half of a run tells nothing
+            is_late = 2 * self.step >= self.total_steps
+            if is_late and found["profile_cosine"] >= COLLAPSED and not self._told_of_collapse:
+                self._told_of_collapse = True
+                warn(
+                    f"step {self.step:,} of {self.total_steps:,}: the sub-spaces have nearly one profile (mean cosine "
+                    f"{found['profile_cosine']:.2f}, {COLLAPSED:g} or more), as new ones have, and are worth little more than a "
+                    "single one. They come apart with a higher --optim.lr, more --epochs or a higher --weights.dhset-diversity"
+                )
         self._sums, self._count = {}, 0
         meter.print_above(
             f"step {self.step:>6,}  epoch {entry['epoch']:6.2f}  loss {entry['loss']:8.4f}  lr {self._rate:.2e}  "
@@ -446,6 +512,8 @@ class Training:
             entry = {**entry, "elapsed_seconds": round(time.monotonic() - self._begun, 3)}
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
+            for tracker in self.trackers:
+                tracker.write({**entry, "time": time.time()})
 
     def _validate(self, meter: Meter) -> None:
         """Validates, and keeps the weights where they are the best so far. Collective."""
@@ -457,6 +525,7 @@ class Training:
             own = {name: value.clone() for name, value in self.model.state_dict().items()}
             self.model.load_state_dict(self.average.weights())
         found = validate(self.model, self.inputs["val"], self.source, self.world)
+        self.validations.append(distributed.broadcast(found["rsum"]))
         meter.print_above(
             f"step {self.step:>6,}  validation  rsum {found['rsum']:.2f}  i2t R@1 {found['i2t_r1']:.2f}  "
             f"t2i R@1 {found['t2i_r1']:.2f}"
@@ -512,7 +581,7 @@ class Training:
         save_checkpoint(
             self.spec.out / CHECKPOINTS_FOLDER / name,
             self.model.state_dict(),
-            self.model.backbone.description["model"],
+            self.model.backbone.description.get("model", {}),
             {**describe_checkpoint(self.spec, self.model), "step": self.step, **more},
             extras,
             preprocess_of(source.mean, source.std, source.interpolation, source.resize_mode),
@@ -552,3 +621,11 @@ def _keep_until(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             continue
     path.write_text("".join(kept), encoding="utf-8")
+
+
+def _validations_in(path: Path) -> list[float]:
+    """Returns what validation has found so far, by metrics.jsonl."""
+    if not path.exists():
+        return []
+    entries = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [entry["val_rsum"] for entry in entries if "val_rsum" in entry]

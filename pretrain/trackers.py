@@ -1,8 +1,8 @@
 """The figures of a run in TensorBoard and Weights & Biases beside metrics.jsonl, where they are asked for.
 
-Used by the loop. Each is given every entry of metrics.jsonl. A resumed run goes on in the same curves: what was written
-after the checkpoint is taken back in TensorBoard; Weights & Biases keeps what it has seen of a step, which an exact
-resume would only repeat.
+Used by the loops of pretraining and fine-tuning. Each is given every entry of metrics.jsonl. A resumed run goes on in
+the same curves: what was written after the checkpoint is taken back in TensorBoard; Weights & Biases keeps what it has
+seen of a step, which an exact resume would only repeat.
 """
 
 import importlib.util
@@ -40,13 +40,19 @@ _NO_CURVES = ("step", "samples_seen", "time", "elapsed_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class TrackerConfig:
     """Where the figures go beside the terminal and metrics.jsonl."""
 
     tensorboard: bool = False
     """Write them for TensorBoard as well, into the run folder (pip install tensorboard)."""
     wandb: str | None = None
     """Project of Weights & Biases to which they go as well (pip install wandb; WANDB_MODE=offline keeps them here)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(TrackerConfig):
+    """Where the figures go beside the terminal and metrics.jsonl."""
+
     report: bool = True
     """Write report.html into the run folder when the run ends or stops, where it took more than twenty seconds."""
     peak_tflops: float | None = None
@@ -67,7 +73,7 @@ class Tracker(Protocol):
         """Writes what waits."""
 
 
-def check_trackers(config: LogConfig) -> None:
+def check_trackers(config: TrackerConfig) -> None:
     """Raises InputError where a package that is asked for is not installed."""
     for wanted, package, flag in (
         (config.tensorboard, "tensorboard", "--log.tensorboard False"),
@@ -80,7 +86,7 @@ def check_trackers(config: LogConfig) -> None:
             )
 
 
-def open_trackers(config: LogConfig, run: Path, step: int, settings: Mapping[str, Any]) -> list[Tracker]:
+def open_trackers(config: TrackerConfig, run: Path, step: int, settings: Mapping[str, Any]) -> list[Tracker]:
     """Returns the trackers that are asked for. Call on rank 0 alone.
 
     `step`: after which the run goes on; `settings`: the run's configuration, which Weights & Biases shows.

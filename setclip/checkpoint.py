@@ -65,6 +65,11 @@ class LoadedModel:
     resize_mode: str = "shortest"
     """To what: open_clip's `resize_mode`."""
 
+    @property
+    def takes_regions(self) -> bool:
+        """Whether `encode_image` takes features of regions, (B, N, E) float, in place of pictures (`image_size` is then 0)."""
+        return isinstance(self.model, SetModel) and self.model.backbone.takes_regions
+
 
 def save_checkpoint(
     folder: Path,
@@ -147,6 +152,12 @@ def find_checkpoint(where: str | Path) -> Path:
         return path / CHECKPOINTS_FOLDER / CHOSEN_NAME
     if found := checkpoints_of(path):
         return found[-1]
+    if seeds := sorted(path.glob("seed-*/checkpoints")):
+        names = ", ".join(str(seed.parent) for seed in seeds)
+        raise InputError(
+            f"expected one run at {where}, found one of {len(seeds)} seeds; give one of {names} (`python -m finetune.ensemble "
+            f"{where}` sums them)"
+        )
     if path.exists():
         have = "a folder without checkpoints"
     elif "/" not in str(where):

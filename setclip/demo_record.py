@@ -18,6 +18,8 @@ REPORT_NAME = "report.html"
 
 ARMS = {"object_iou": "Object-IoU labels", "hard": "hard labels"}
 """Loss to its name in the report, in the order of the runs and of every figure."""
+SLOTS = "slots"
+"""The run that fine-tunes the first arm's model."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class DemoFolder:
         return self.root / REPORT_NAME
 
     def run(self, arm: str) -> Path:
-        """Run folder of an arm."""
+        """Run folder of an arm, or of `SLOTS`."""
         return self.root / "runs" / arm
 
     def checkpoint(self, arm: str) -> Path:
@@ -44,8 +46,12 @@ class DemoFolder:
         return max((self.run(arm) / "checkpoints").glob("step-*"))
 
     def results(self, evaluation: str, arm: str) -> Path:
-        """Results file of "zeroshot" or "retrieval"."""
+        """Results file of "zeroshot", "retrieval" or "diagnostics"."""
         return self.root / "results" / f"{evaluation}_{arm}.json"
+
+    def looks(self, arm: str) -> Path:
+        """Pictures of where elements of sets look, which the diagnostics command writes beside its results."""
+        return self.root / "results" / f"diagnostics_{arm}.looks.json"
 
     def gallery(self, arm: str) -> Path:
         """Queries with their best answers, which the retrieval command writes beside its results."""

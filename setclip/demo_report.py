@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from setclip import plots, report
 from setclip.config import command
-from setclip.demo_record import ARMS, DemoFolder, DemoRecord
+from setclip.demo_record import ARMS, SLOTS, DemoFolder, DemoRecord
 from setclip.errors import InputError
 from setclip.log import duration, say
 from setclip.manifest import Manifest
@@ -47,6 +47,8 @@ class DemoData:
             for evaluation in ("zeroshot", "retrieval")
         }
         self.gallery = {arm: _read_json(self.folder.gallery(arm)) for arm in ARMS}
+        self.slots = {name: _read_json(self.folder.results(name, SLOTS)) for name in ("retrieval", "diagnostics")}
+        self.looks = _read_json(self.folder.looks(SLOTS))
         self.metrics = {arm: _read_lines(self.folder.run(arm) / "metrics.jsonl") for arm in ARMS}
 
     def shards(self, split: str) -> list[Shard]:
@@ -94,6 +96,7 @@ def compose(data: DemoData) -> report.Page:
             training_section(data),
             classes_section(data),
             retrieval_section(data),
+            sets_section(data),
             results_section(data),
             making_section(data),
         ],
@@ -396,6 +399,87 @@ def _queries(data: DemoData, direction: str, which: str, number: int) -> Iterato
         ]
         partner = "own picture" if direction == "t2i" else "own caption"
         yield query, f"{partner} at rank {query['rank']:,} of {total:,}" + (f" ({', '.join(ranks)})" if ranks else "")
+
+
+def sets_section(data: DemoData) -> report.Section:
+    """Slots on top of the first arm's model: recalls against its single vectors, and where slots look."""
+    arm = next(iter(ARMS))
+    single, sets, looked = data.results["retrieval"][arm], data.slots["retrieval"], data.slots["diagnostics"]["metrics"]
+    rows = []
+    for name in single["headline"]:
+        if name not in sets["metrics"]:
+            continue
+        before, after = single["metrics"][name], sets["metrics"][name]
+        chance = number_text(before["chance"], before["unit"])
+        rows.append([metric_words(name, before["unit"]), _with_interval(before), _with_interval(after), chance])
+    head = data.slots["diagnostics"]["details"]["head"]
+    facts = [
+        [
+            "how far a picture's elements lie apart: log circular variance",
+            _decimals(looked, "variance_image_log_of_mean"),
+        ],
+        ["the same of a caption's elements", _decimals(looked, "variance_text_log_of_mean")],
+        ["attention that two slots of a picture share, %", _decimals(looked, "slots_image_overlap", 0)],
+        ["words that two slots of a caption share, %", _decimals(looked, "slots_text_overlap", 0)],
+    ]
+    words = [
+        [
+            one["caption"],
+            *(
+                ", ".join(f"{word} {100 * share:.0f}\N{NO-BREAK SPACE}%" for word, share in of[:2])
+                for of in one["elements"]
+            ),
+        ]
+        for one in head["words"]
+    ]
+    blocks = [
+        report.table(
+            report.Table("Retrieval of held-out scenes, in percent", ["metric", "one vector", "a set", "chance"], rows)
+        ),
+        report.subtitle("Where slots look"),
+        *(report.sample_cards([_look(card) for card in cards]) for cards in data.looks),
+    ]
+    if words:
+        header = ["caption", *(f"slot {number}" for number in range(1, len(words[0])))]
+        blocks += [
+            report.subtitle("Which words slots take"),
+            report.table(report.Table("Most taken", header, words, "wide-words")),
+        ]
+    blocks += [
+        report.table(report.Table("Do the elements differ?", ["", "value"], facts)),
+        report.paragraph(
+            "A circular variance near 0, whose logarithm is very negative, means that all elements of a set are the same. "
+            "python -m eval_suite.diagnostics shows more, and docs/finetuning.md tells how to train heads in earnest."
+        ),
+    ]
+    number = len(head["elements"]["image"]["inputs_looked_at"])
+    steps = sets["checkpoint"].get("step")
+    return report.Section(
+        "sets",
+        "Sets of vectors, to look at",
+        blocks,
+        f"A picture of many things fits many captions, and one vector must stand for all. Here {number} slots compete for the "
+        f"patches of a picture and for the words of a caption (DivE), on the frozen model trained with {ARMS[arm]}. They "
+        f"learned for {steps:,} steps only: this shows how sets are made and compared, not what they are worth. "
+        f"{_ahead(single, sets)}",
+        menu="Sets",
+    )
+
+
+def _ahead(single: Mapping[str, Any], sets: Mapping[str, Any]) -> str:
+    before, after = (results["metrics"]["rsum"] for results in (single, sets))
+    first, second = before["interval_95"], after["interval_95"]
+    if first[0] <= second[1] and second[0] <= first[1]:
+        return "By RSUM the two cannot be told apart here."
+    return f"By RSUM {'sets' if after['value'] > before['value'] else 'single vectors'} are ahead here."
+
+
+def _look(card: Mapping[str, str]) -> report.SampleCard:
+    return report.SampleCard(report.Picture(card["src"], card["alt"]), card["caption"], [], note=card["note"])
+
+
+def _decimals(metrics: Mapping[str, Any], name: str, digits: int = 2) -> str:
+    return f"{metrics[name]['value']:.{digits}f}" if name in metrics else "–"
 
 
 def results_section(data: DemoData) -> report.Section:

@@ -184,6 +184,25 @@ def gather_with_gradient(local: Tensor) -> Tensor:
     return local if world_size() == 1 else _Gather.apply(local)
 
 
+def sum_with_gradient(local: Tensor) -> Tensor:
+    """Returns the sum over ranks of a tensor of one shape; its backward pass sums the gradients of all ranks."""
+    return local if world_size() == 1 else _Sum.apply(local)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.detach().clone().contiguous()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:

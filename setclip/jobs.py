@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+import yaml
 
 from setclip.config import command, parse
 from setclip.errors import InputError
@@ -33,6 +34,7 @@ _PROGRESS = re.compile(
 _ENDED = re.compile(r"^=== ended with status (\d+)")
 _BEGUN = re.compile(r"^=== \S+, job \S+, attempt (\d+)")
 _ERROR = re.compile(r"^(?:error: |[\w.]*(?:Error|Exception): |slurmstepd: error: |srun: error: )")
+_RATES = 50  # lines of a fine-tuning's metrics over which its rate is taken
 _LATE = {"DependencyNeverSatisfied"}  # jobs with this reason are in the queue for a moment only
 
 
@@ -133,6 +135,12 @@ def _trained(place: Path) -> bool:
     return bool(entries) and entries[-1].get("how") == "finished"
 
 
+def _finetuned(place: Path) -> bool:
+    """Whether the results are there and newer than the newest checkpoint: they are written last."""
+    results, checkpoints = place / "results.json", sorted(place.glob("checkpoints/step-*"))
+    return results.exists() and (not checkpoints or results.stat().st_mtime >= checkpoints[-1].stat().st_mtime)
+
+
 def _evaluated(place: Path) -> bool:
     """Whether the results are there and newer than the newest checkpoint of the run in whose `results` they lie."""
     checkpoints = sorted(place.parents[1].glob("checkpoints/step-*"))
@@ -148,6 +156,7 @@ _DONE: Mapping[str, Callable[[Path], bool]] = {
     "describe": _described,
     "describe_merge": _described,
     "pretrain": _trained,
+    "finetune": _finetuned,
     "evaluate": _evaluated,
 }
 
@@ -190,6 +199,8 @@ def _progress_of(stage: str, place: Path, tails: Any) -> tuple[str, str, str]:
     """Returns (progress, rate, time left) as text, of the stage's own figures where it has some, else of a log's last line."""
     if stage == "pretrain":
         return _training(place)
+    if stage.startswith("finetune:"):
+        return _finetuning(place)
     if stage == "prepare" and (units := _units(place))[1]:
         return f"{units[0]:,} of {units[1]:,} inputs", "", ""
     lines = [match for tail in tails for match in map(_PROGRESS.match, tail) if match]
@@ -209,6 +220,37 @@ def _training(run: Path) -> tuple[str, str, str]:
     seconds = lines[-1]["seconds_per_step"] * (total - step)
     share = f"step {step:,} of {total:,} ({step / max(1, total):.0%})"
     return share, f"{lines[-1]['samples_per_second']:,.0f} samples/s", duration(seconds) if step < total else ""
+
+
+def _finetuning(run: Path) -> tuple[str, str, str]:
+    """Of several seeds those of the one that is under way."""
+    files = sorted(
+        [*run.glob("metrics.jsonl"), *run.glob("seed-*/metrics.jsonl")], key=lambda path: path.stat().st_mtime
+    )
+    entries = _json_lines(files[-1]) if files else []
+    lines = [entry for entry in entries if entry.get("epoch") and "loss" in entry]
+    settings = files[-1].with_name("config.yaml") if files else run
+    if not lines or not settings.is_file():
+        return "", "", ""
+    config = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    last = lines[-1]
+    step, total = last["step"], max(1, round(config["epochs"] * last["step"] / last["epoch"]))
+    share = f"step {step:,} of {total:,} ({step / total:.0%})"
+    if files[-1].parent != run:
+        share = f"{files[-1].parent.name}, {share}"
+    best = max((entry["val_rsum"] for entry in entries if "val_rsum" in entry), default=None)
+    if best is not None:
+        share += f", best rsum {best:.1f}"
+    first = last
+    for line in reversed(lines[-_RATES:-1]):
+        if line["elapsed_seconds"] >= first["elapsed_seconds"]:  # the clock of the attempt before
+            break
+        first = line
+    if first is last:
+        return share, "", ""
+    seconds = (last["elapsed_seconds"] - first["elapsed_seconds"]) / (step - first["step"])
+    left = duration(seconds * (total - step)) if step < total else ""
+    return share, f"{config['batch_size'] / seconds:,.0f} pictures/s", left
 
 
 def _units(place: Path) -> tuple[int, int]:

@@ -4,10 +4,11 @@
 
 One process a node. Each looks at its own node (GPUs, free disk, shards) and tells the first node what it has; the first one
 compares commit, source code, libraries and manifest, and all end alike: status 0, or 2 with the nodes and reasons. Behind
-`--` stand the flags of the command that follows, of which --data.shards, --data.split, --dataset, --out and --config are
-heeded. Started by slurm/common.sh.
+`--` stand the flags of the command that follows, of which --data.shards, --data.split (pretraining), --data, --val, --test
+(fine-tuning), --dataset, --out and --config are heeded. Started by slurm/common.sh.
 """
 
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -25,7 +26,7 @@ from typing import Any
 
 import setclip
 from setclip.config import command, flags_of, parse, words_of
-from setclip.datasets import locate
+from setclip.datasets import data_root, locate
 from setclip.errors import InputError
 from setclip.files import sha256_of
 from setclip.hashing import hash_u64
@@ -52,6 +53,8 @@ class PreflightConfig:
     """Folders of shards that are read. Addresses are left to the command, which looks at them in its first seconds."""
     split: str | None = None
     """Which of them; None: all."""
+    others: tuple[str, ...] = ()
+    """Folders of shards that are read too, but not trained on."""
     out: Path | None = None
     """Folder that will be written; a run in it must have been trained on these shards."""
     is_anew: bool = False
@@ -113,9 +116,9 @@ def look_at_node(config: PreflightConfig, node: str) -> NodeFacts:
     for check in (_gpu_faults, _disk_faults):
         faults += check(config)
     try:
-        places = config.shards or ((str(locate(config.dataset)),) if config.dataset else ())
+        places = config.shards or ((str(_place_of(config.dataset)),) if config.dataset else ())
         folders = [Path(place) for place in places if "://" not in place]
-        for folder in folders:
+        for folder in dict.fromkeys([*folders, *map(Path, config.others)]):
             faults += _shard_faults(folder, config)
             manifest += sha256_of(folder / MANIFEST_NAME)
         if len(folders) == len(places):
@@ -174,13 +177,16 @@ def code_digest() -> str:
 def with_command(config: PreflightConfig, words: Sequence[str]) -> PreflightConfig:
     """Returns `config` with what the flags of the command that follows say of shards and run folder."""
     said = flags_of(words)
-    shards, dataset = words_of(words, "data.shards"), said.get("dataset", "None")
+    folders = {name: said[name] for name in ("data", "val", "test") if said.get(name, "None") != "None"}
+    shards = words_of(words, "data.shards") or ([folders.pop("data")] if "data" in folders else [])
+    dataset = said.get("dataset", "None")
     if shards:
         config = replace(config, shards=tuple(shards))
     elif dataset != "None":
         config = replace(config, dataset=dataset)
     return replace(
         config,
+        others=(*config.others, *folders.values()),
         is_anew=config.is_anew or said.get("overwrite", "False") != "False",
         split=said.get("data.split", config.split),
         out=Path(said["out"]) if "out" in said else config.out,
@@ -190,13 +196,19 @@ def with_command(config: PreflightConfig, words: Sequence[str]) -> PreflightConf
 # --- one node
 
 
+def _place_of(dataset: str) -> Path:
+    folder = data_root() / dataset
+    return folder if (folder / MANIFEST_NAME).exists() else locate(dataset)
+
+
 def _gpu_faults(config: PreflightConfig) -> list[str]:
     if config.gpus is None:
         return []
-    import torch  # takes seconds: only where there is something to look for
+    count, wanted = _gpus_of_driver(), max(1, config.gpus)
+    if count:
+        import torch  # takes seconds: only where there is something to look for
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wanted = max(1, config.gpus)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     faults = []
     if config.gpus == 0:
         faults.append(
@@ -216,6 +228,18 @@ def _gpu_faults(config: PreflightConfig) -> list[str]:
                 f"expected to compute on GPU {number}, found {str(error).splitlines()[0]}; leave the node out"
             )
     return faults
+
+
+def _gpus_of_driver() -> int:
+    """Returns how many GPUs this process may use, as the driver itself says; 0 without one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 def _disk_faults(config: PreflightConfig) -> list[str]:

@@ -87,8 +87,13 @@ gpu_check() { # As many GPUs on each node as Slurm gave; --gpus 0 is an error un
     [[ $is_cpu ]] || echo "--gpus $gpus"
 }
 
-ranks_per_node() {
-    if [[ $is_cpu ]]; then echo "${SLURM_NTASKS_PER_NODE:-1}"; else echo "$((gpus > 0 ? gpus : 1))"; fi
+ranks_per_node() { # On CPUs --ntasks-per-node says it, or --ntasks, which keeps the number of ranks on any number of nodes
+    local tasks=${SLURM_NTASKS:-$nodes}
+    if [[ ! $is_cpu ]]; then
+        echo "$((gpus > 0 ? gpus : 1))"
+    else
+        echo "${SLURM_NTASKS_PER_NODE:-$((tasks > nodes ? tasks / nodes : 1))}"
+    fi
 }
 
 asked=0 # signals that have come
@@ -230,12 +235,18 @@ pretrain() { # NAME [RECIPE] FLAGS...: goes on where there is a checkpoint
     train pretrain.run "$recipe" --dataset "${recipe%-b16}" --out "$RUNS/$recipe" -- "$@"
 }
 
-finetune() { # FLAGS...
-    train finetune.run "" --out "$RUNS/finetune" -- "$@"
+finetune() { # [RECIPE] FLAGS...: goes on where there is a checkpoint
+    local recipe=plain run=finetune
+    if [[ ${1:--} != -* ]]; then
+        recipe=$1
+        [[ $recipe == plain ]] || run=$recipe
+        shift
+    fi
+    train finetune.run "$recipe" --out "$RUNS/$run" -- "$@"
 }
 
 train() { # MODULE RECIPE FLAGS-OF-PREFLIGHT... -- FLAGS...
-    local module=$1 recipe=$2 found=() more=() run
+    local module=$1 recipe=$2 found=() more=() run device=()
     shift 2
     while [[ $1 != -- ]]; do
         found+=("$1")
@@ -247,15 +258,19 @@ train() { # MODULE RECIPE FLAGS-OF-PREFLIGHT... -- FLAGS...
     # shellcheck disable=SC2046
     check $(gpu_check) "${found[@]}" --run-file "$RANK_LOGS/run" -- "$@"
     run=$(<"$RANK_LOGS/run")
-    progress() { find "$run/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1; }
+    # Several seeds of a fine-tuning have folders of their own.
+    progress() { find "$run" -maxdepth 3 -path '*/checkpoints/step-*' -name 'step-*' 2>/dev/null | sort -V | tail -n 1; }
     count_attempt
-    if ((attempt > 1)) && [[ $run/config.yaml -nt $RANK_LOGS/begun ]]; then # begun by this job: its --overwrite is done
+    configs() { find "$run" -maxdepth 2 -name config.yaml "$@" 2>/dev/null; }
+    if ((attempt > 1)) && [[ $(configs -newer "$RANK_LOGS/begun") ]]; then # begun by this job: its --overwrite is done
         if [[ $(progress) ]]; then more=(--overwrite False --resume True); else more=(--overwrite True); fi
-    elif [[ $(progress) && " $*" != *" --overwrite"* ]]; then
-        more=(--resume True)
+    elif [[ " $*" != *" --overwrite"* ]]; then
+        if [[ $(progress) ]]; then more=(--resume True); elif [[ $(configs) ]]; then more=(--overwrite True); fi
     fi
-    # shellcheck disable=SC2086
-    launch "$(ranks_per_node)" "${python[@]}" -m "$module" $recipe --out "$run" ${is_cpu:+--engine.device cpu} "$@" "${more[@]}"
+    if [[ $is_cpu ]]; then
+        if [[ $module == pretrain.run ]]; then device=(--engine.device cpu); else device=(--device cpu); fi
+    fi
+    launch "$(ranks_per_node)" "${python[@]}" -m "$module" "$recipe" --out "$run" "${device[@]}" "$@" "${more[@]}"
     finish $?
 }
 

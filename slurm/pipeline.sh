@@ -1,8 +1,9 @@
 #!/bin/bash
 # Submits all stages of a corpus as one chain of jobs, each after the one before; run again, only what is neither done nor queued.
 #
-#     slurm/pipeline.sh cc12m                          # download, preparation, language model, pretraining, evaluation
+#     slurm/pipeline.sh cc12m                # download, preparation, language model, pretraining, fine-tuning, evaluation
 #     PRETRAIN_SBATCH=--nodes=4 slurm/pipeline.sh cc12m
+#     slurm/pipeline.sh cc12m --finetune-data coco     # folders or names, separated by spaces, for FINETUNE_DATA of site.env
 #     slurm/pipeline.sh cc12m --dry-run                # says what it would submit
 #
 # Corpora: cc3m, cc12m, yfcc15m. What the chain does, and options for its stages: slurm/site.env. `python -m setclip.jobs` shows it.
@@ -13,10 +14,28 @@ cd "$SETCLIP_HOME"
 # shellcheck source=slurm/site.env
 source "${SETCLIP_SITE:-slurm/site.env}"
 
-name=${1:-} dry=
-[[ ${2:-} == --dry-run ]] && dry=1
-if [[ ! -e slurm/pretrain_$name.sh || -z $name || ($# -gt 1 && -z $dry) ]]; then
-    echo "error: expected a corpus (cc3m, cc12m, yfcc15m) and perhaps --dry-run, found: ${*:-nothing}" >&2
+name=${1:-} dry='' wrong=''
+(($# == 0)) || shift
+words=("$@")
+while (($#)); do
+    case $1 in
+    --dry-run) dry=1 ;;
+    --finetune-data=*) FINETUNE_DATA=${1#*=} ;;
+    --finetune-data)
+        if (($# > 1)) && [[ $2 != -* ]]; then
+            FINETUNE_DATA=$2
+            shift
+        else
+            wrong=$1
+        fi
+        ;;
+    *) wrong=$1 ;;
+    esac
+    shift
+done
+if [[ ! -e slurm/pretrain_$name.sh || -z $name || $wrong ]]; then
+    echo "error: expected a corpus (cc3m, cc12m, yfcc15m) and perhaps --finetune-data NAMES and --dry-run," \
+        "found: ${name:-nothing} ${words[*]:-}" >&2
     exit 2
 fi
 corpus=$name
@@ -33,20 +52,50 @@ else
     echo "note: no language model (LLM_MODEL in slurm/site.env): objects are the parser's, and there are no descriptions"
 fi
 stages+=(pretrain)
+
+declare -A tuning_data=() # stage: the flag that names its data
+tuned=()                  # evaluations of what was fine-tuned, as those of EVALUATIONS
+read -r -a words <<<"$FINETUNE_DATA"
+for word in ${words[@]+"${words[@]}"}; do
+    folder=${word%/} flag=--data
+    [[ $word == */* ]] || folder=$SETCLIP_DATA/$word flag=--dataset
+    stage=finetune:${folder##*/}
+    if [[ ! -e $folder/manifest.json && $folder != "$data" ]]; then
+        printf '%-28s left out: no manifest.json in %s (docs/data.md prepares it; FINETUNE_DATA in slurm/site.env)\n' "$stage" "$folder"
+        continue
+    fi
+    if [[ ${tuning_data[$stage]:-} ]]; then
+        echo "error: expected data sets with different names, found two named ${folder##*/}: $FINETUNE_DATA; give one another name" >&2
+        exit 2
+    fi
+    stages+=("$stage")
+    tuning_data[$stage]="$flag $word"
+    # Several seeds make several models, which the run itself evaluates.
+    [[ ${FINETUNE_ARGS:-} == *--seeds* ]] || tuned+=("$stage")
+done
 IFS=';' read -r -a evaluations <<<"$EVALUATIONS"
 results=()
-for words in "${evaluations[@]}"; do
+for words in ${evaluations[@]+"${evaluations[@]}"}; do
     read -r -a words <<<"$words"
     ((${#words[@]})) || continue
     stages+=("evaluate:${words[0]}${words[1]:+-${words[1]}}")
     results+=("$run/results/${words[0]}${words[1]:+-${words[1]}}.json")
 done
+for stage in ${tuned[@]+"${tuned[@]}"}; do
+    stages+=("evaluate:finetuned-${stage#*:}")
+done
+tuned_run() { # STAGE: of a fine-tuning, or of its evaluation
+    local of=${1#*:}
+    echo "$run-${of#finetuned-}"
+}
 {
     evaluation=0
     for stage in "${stages[@]}"; do
         case $stage in
         fetch) place=$RAW/$corpus ;;
         pretrain) place=$run ;;
+        finetune:*) place=$(tuned_run "$stage") ;;
+        evaluate:finetuned-*) place=$(tuned_run "$stage")/results/retrieval.json ;;
         evaluate:*) place=${results[evaluation++]} ;;
         *) place=$data ;;
         esac
@@ -107,6 +156,7 @@ no_gpu=(--gpus-per-node=0)
 gpu_job=()
 [[ $SETCLIP_DEVICE != cpu ]] || gpu_job=("${no_gpu[@]}")
 
+declare -A tuning=() # stage: its job
 evaluation=0
 for stage in "${stages[@]}"; do
     case $stage in
@@ -121,6 +171,20 @@ for stage in "${stages[@]}"; do
     pretrain)
         submit pretrain PRETRAIN "${gpu_job[@]}" -- "slurm/pretrain_$name.sh"
         trained=$after
+        ;;
+    finetune:*)
+        after=$trained
+        read -r -a words <<<"${tuning_data[$stage]}"
+        submit "$stage" FINETUNE "${gpu_job[@]}" "--job-name=finetune_$name" -- slurm/finetune.sh "$FINETUNE_RECIPE" \
+            --model "$run" "${words[@]}" --out "$(tuned_run "$stage")"
+        tuning[$stage]=$after
+        ;;
+    evaluate:finetuned-*)
+        after=${tuning[finetune:${stage#evaluate:finetuned-}]}
+        read -r -a words <<<"${tuning_data[finetune:${stage#evaluate:finetuned-}]}"
+        [[ ${words[0]} == --data ]] || words=("${words[1]}")
+        submit "$stage" EVALUATE "${gpu_job[@]}" "--job-name=evaluate_$name" -- slurm/evaluate.sh retrieval "${words[@]}" \
+            --checkpoint "$(tuned_run "$stage")" --out "$(tuned_run "$stage")/results/retrieval.json"
         ;;
     evaluate:*)
         after=$trained # each waits for the training alone

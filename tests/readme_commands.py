@@ -28,6 +28,7 @@ SHORTER = {
     "python -m data_prep.run scenes": "--samples 3000",
     "python -m pretrain.run": "--steps 3",
     "torchrun": "--steps 3",
+    "python -m finetune.run photos": "--data data/photos-dev --split dev --hold-out 200 --test-split none --epochs 0.5",
 }
 """How a command begins, and the flags behind it that keep it short; the last of equal flags wins."""
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from setclip import demo
-from setclip.demo_record import ARMS, DemoFolder, DemoRecord
+from setclip.demo_record import ARMS, SLOTS, DemoFolder, DemoRecord
 from setclip.errors import InputError
 
 
@@ -51,10 +51,17 @@ def test_a_failed_step_names_the_command_to_repeat(tmp_path):
     steps = demo.Demo(DemoFolder(tmp_path), demo.DemoConfig(out=tmp_path))
     steps.step("go well", ["-c", "pass"])
     with pytest.raises(
-        InputError, match=r"step '2/6 go wrong' ended with status 3.*\npython -c 'raise SystemExit\(3\)'$"
+        InputError, match=r"step '2/7 go wrong' ended with status 3.*\npython -c 'raise SystemExit\(3\)'$"
     ):
         steps.step("go wrong", ["-c", "raise SystemExit(3)"], ["-c", "print('not reached')"])
     assert [step.title for step in DemoRecord.load(tmp_path).steps] == ["go well"]
+
+
+def test_the_first_arm_s_model_is_fine_tuned_by_its_own_loss(tmp_path):
+    line = " ".join(demo.finetune_command(DemoFolder(tmp_path), demo.DemoConfig(out=tmp_path, seed=5)))
+    assert f"--model {tmp_path / 'runs' / 'object_iou'} " in line
+    assert "--contrastive.name object_iou" in line
+    assert "--seed 5" in line
 
 
 def test_no_steps_are_refused():
@@ -73,7 +80,9 @@ def test_the_fast_demo_goes_all_the_way(tmp_path):
     assert done.stdout.splitlines()[-1] == f"report: {folder.report}"
     for number in range(1, demo.NUM_STEPS + 1):
         assert f"\n=== {number}/{demo.NUM_STEPS} " in done.stdout
-    for module in ("data_prep.run scenes", "pretrain.run tiny", "eval_suite.retrieval", "eval_suite.zeroshot scenes"):
+    for module in ("data_prep.run scenes", "pretrain.run tiny", "finetune.run --head slot"):
+        assert f"$ python -m {module} " in done.stdout
+    for module in ("eval_suite.retrieval", "eval_suite.zeroshot scenes", "eval_suite.diagnostics"):
         assert f"$ python -m {module} " in done.stdout
     html = folder.report.read_text(encoding="utf-8")
     for arm in ARMS:
@@ -82,6 +91,10 @@ def test_the_fast_demo_goes_all_the_way(tmp_path):
         low, high = top1["interval_95"]
         shown = [f"{value:.2f}" if 0 < value < 1 else f"{value:.1f}" for value in (top1["value"], low, high)]
         assert f"<td>{shown[0]} [{shown[1]}, {shown[2]}]</td>" in html
+    rsum = json.loads(folder.results("retrieval", SLOTS).read_text())["metrics"]["rsum"]["value"]
+    section = html.split('<section id="sets"')[1].split("</section>")[0]
+    assert f"<td>{rsum:.1f} [" in section
+    assert section.count("<img") == 4 * (1 + 4)
     assert "Made with --fast True" in html
 
     again = subprocess.run(line, capture_output=True, text=True, check=False)

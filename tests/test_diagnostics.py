@@ -30,6 +30,7 @@ from eval_suite.word_dimensions import frequent_words, pairs_of_word, word_dimen
 from setclip.errors import InputError
 from setclip.images import eval_transform
 from setclip.manifest import open_split
+from setclip.report import sample_cards
 
 
 def unit(*shape, seed=0):
@@ -269,7 +270,7 @@ def test_a_common_scale_leaves_a_weak_slot_pale():
 
 def test_cards_say_where_each_slot_looks_most():
     photo = np.full((20, 20, 3), 128, np.uint8)
-    html = attention_cards(photo, [[0.1, 0.1, 0.6, 0.2]], (2, 2), "a <b> dog")
+    html = sample_cards(attention_cards(photo, [[0.1, 0.1, 0.6, 0.2]], (2, 2), "a <b> dog"))
     assert "most at row 2, column 1 of 2 × 2: 60 %" in html
     assert html.count("data:image/jpeg;base64,") == 2
     assert "a &lt;b&gt; dog" in html

@@ -362,7 +362,7 @@ def test_errors_say_what_to_do(place, tmp_path, monkeypatch):
         ({"options": ("num_elements=2",)}, "expected options of head mean among none, found num_elements"),
         ({"hold_out": 160}, "expected fewer pictures held out than there are"),
         ({"head": "single", "width": 16}, "expected something to learn, found none"),
-        ({"head": "dhset", "options": ("norm=none",)}, "found inference hybrid with norm none"),
+        ({"inference": "hybrid"}, "expected inference set of head mean, found hybrid"),
         ({"match": "class"}, "expected pictures with classes .* for --match class"),
     ]
     for number, (values, message) in enumerate(cases):

@@ -12,6 +12,7 @@ from finetune.losses import (
     LOSSES,
     BatchObjects,
     DhSetDiversityConfig,
+    GaussianKlConfig,
     GramConfig,
     HybridTripletConfig,
     LossStep,
@@ -396,6 +397,25 @@ def test_soft_targets_of_several_captions_are_their_plain_formula():
     the_same(found, total, [scores])
 
 
+@pytest.mark.parametrize("name", ["hard", "label_smoothing", "object_iou", "softclip", "psd", "siglip"])
+def test_pairs_that_are_excluded_from_a_contrastive_loss_have_no_part_in_it(name):
+    """Of two pairs of images that exclude each other, each is as if the others of its row were not there."""
+    sets = reference.ids([{1}, {1, 2}, {3}, {3, 4}])
+    config = LossConfig(name=name, **({"hard_share": (1.0, 1.0)} if name == "psd" else {}))
+    scores, bias = draw(4, 4).requires_grad_(), torch.tensor(-1.0)
+
+    def loss(values, objects, excluded):
+        pairs = Pairs(torch.arange(len(values)), None, excluded)
+        given = BatchObjects(objects, objects)
+        return contrastive_loss_of_scores(values, torch.tensor(4.0), pairs, config, given, bias, Moment(0.5, 3))
+
+    block = torch.arange(4) // 2
+    whole = loss(scores, sets, block[:, None] != block)
+    parts = [loss(scores[rows, rows], sets[rows], None) for rows in (slice(0, 2), slice(2, 4))]
+    the_same(whole, sum(parts) / 2, [scores])
+    assert (torch.autograd.grad(loss(scores, sets, block[:, None] != block), scores)[0][:2, 2:] == 0).all()
+
+
 # --- the dict of names
 
 EVERY = {
@@ -403,6 +423,7 @@ EVERY = {
     "triplet_hybrid": HybridTripletConfig(),
     "contrastive": LossConfig(name="object_iou"),
     "pcme": PcmeConfig(),
+    "gaussian_kl": GaussianKlConfig(),
     "mmd": MmdConfig(),
     "uniformity": UniformityConfig(),
     "gram": GramConfig(),
@@ -435,7 +456,7 @@ def test_every_loss_of_the_dict_gives_finite_gradients_and_their_sum_is_weighted
     assert set(EVERY) == set(LOSSES)
     for head, names, options in (
         ("slot", ["triplet", "contrastive", "mmd", "uniformity", "gram"], {}),
-        ("slot", ["pcme"], {"similarity": "match_prob_l2"}),
+        ("pcme", ["pcme", "gaussian_kl"], {}),
         ("dhset", ["triplet", "dhset_diversity", "mmd"], {}),
         ("dhset_fragment", ["triplet", "dhset_diversity"], {}),
     ):

@@ -266,7 +266,8 @@ def test_the_order_of_image_inputs_has_no_influence_on_the_scores(name):
 def test_gradients_are_finite_in_each_precision_and_reach_every_parameter(name, dtype, autocast):
     pair = pair_of(name)
     local, mask, pooled = inputs(dtype)
-    local = (8 * local).requires_grad_()
+    # PCME's probabilities of samples far apart have gradients below fp16's smallest number
+    local = ((0.5 if name == "pcme" else 8) * local).requires_grad_()
     with torch.autocast("cpu", dtype, enabled=autocast and dtype != torch.float32):
         images, texts = outcome(pair.image, local, None, pooled), outcome(pair.text, local, mask, pooled)
         scores = pair.scores(images, texts)
@@ -880,9 +881,9 @@ def test_pictures_show_where_slots_look_and_which_words_they_take():
     photos = [torch.randint(0, 255, (32, 32, 3), dtype=torch.uint8).numpy() for _ in range(2)]
     cards = slot_cards(found, photos, ["a dog", "a cat"], (4, 4))
     assert len(cards) == 2
-    assert all(card.count("<img") == 5 for card in cards)  # the photograph and four slots
+    assert all(len(of_photo) == 5 for of_photo in cards)  # the photograph and four slots
     row, column = divmod(int(found.attention[0, 0].argmax()), 4)
-    assert f"most at row {row + 1}, column {column + 1} of 4 × 4" in cards[0]
+    assert f"most at row {row + 1}, column {column + 1} of 4 × 4" in cards[0][1].note
     words = slot_words(head(draw(1, 5, E), torch.tensor([[1, 1, 1, 0, 0]]).bool()), [["a", "black", "dog"]], top=2)
     assert len(words[0]) == 4
     assert all(len(of_slot) == 2 and of_slot[0][1] >= of_slot[1][1] > 0 for of_slot in words[0])

@@ -330,7 +330,7 @@ def test_the_commands_build_and_query_with_the_features_of_the_checkpoint(tmp_pa
     loaded = small_model(tmp_path)
     out = tmp_path / "index"
     printed = run("build", place, "--checkpoint", tmp_path / "runs" / "small", "--out", out)
-    assert "index: 16 pictures, 16, exact" in printed
+    assert "index: 16 pictures, 16 dimensions, exact search" in printed
     (tmp_path / "queries.txt").write_text("a dog\n\n  a cat \n")
     html = tmp_path / "pages" / "found.html"
     printed = run(

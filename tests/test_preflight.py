@@ -176,6 +176,31 @@ def test_shards_and_run_folder_are_taken_from_the_commands_own_flags(tmp_path):
     )
 
 
+def test_a_fine_tuning_has_its_data_by_folder_or_name_and_reads_validation_and_test_data_too(
+    shards, tmp_path, monkeypatch
+):
+    other = write_shards(tmp_path / "other", first=100)
+    run = tmp_path / "run"
+    words = ["--data", str(shards), "--val", str(other), "--test", str(shards), "--out", str(run), "--model", "x"]
+    config = with_command(PreflightConfig(), words)
+    assert (config.shards, config.others) == ((str(shards),), (str(other), str(shards)))
+    checkpoint = run / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "setclip_config.json").write_text(json.dumps({"data": Manifest.load(shards).identity()}))
+    facts = look_at_node(config, "a")
+    assert facts.faults == [], "the run was trained on --data alone"
+    assert len(facts.manifest) == 2 * 64, "a folder that is given twice is read once"
+    (other / "train-00001.tar").unlink()
+    (fault,) = look_at_node(config, "a").faults
+    assert f"of {other}" in fault
+
+    monkeypatch.setenv("SETCLIP_DATA", str(shards.parent))
+    named = with_command(PreflightConfig(), ["--dataset", shards.name])
+    assert look_at_node(named, "a").faults == [], "any folder under $SETCLIP_DATA"
+    nothing = with_command(PreflightConfig(), ["--data", "None", "--val", "None"])
+    assert (nothing.shards, nothing.others) == ((), ())
+
+
 def test_a_dataset_that_is_not_there_is_a_fault_and_no_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv("SETCLIP_DATA", str(tmp_path))
     (fault,) = look_at_node(PreflightConfig(dataset="cc12m"), "a").faults

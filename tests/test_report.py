@@ -1,5 +1,6 @@
 """setclip.report, setclip.plots and the demo's report: one file, no network, honest figures, everything escaped."""
 
+import base64
 import itertools
 import json
 import re
@@ -12,7 +13,7 @@ from markupsafe import Markup
 from material import NOUNS, picture, write_shards
 
 from setclip import plots, report
-from setclip.demo_record import ARMS, DemoFolder, DemoRecord, StepRecord
+from setclip.demo_record import ARMS, SLOTS, DemoFolder, DemoRecord, StepRecord
 from setclip.demo_report import comparison, write_report
 from setclip.errors import InputError
 from setclip.manifest import Manifest
@@ -103,7 +104,7 @@ def demo(tmp_path_factory):
                 "checkpoint": checkpoint,
             },
         )
-        recalls = {"i2t_r5": metric(45.6 + number), "i2t_medr": metric(7.0, "rank", None)}
+        recalls = {"i2t_r5": metric(45.6 + number), "i2t_medr": metric(7.0, "rank", None), "rsum": metric(99.0, "")}
         write_json(
             folder.results("retrieval", arm),
             {
@@ -122,6 +123,19 @@ def demo(tmp_path_factory):
             lines.append({"step": step, "zeroshot_top1": step, "i2t_r5": 2 * step})
         folder.run(arm).mkdir(parents=True)
         (folder.run(arm) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json(
+        folder.results("retrieval", SLOTS),
+        {"metrics": {**recalls, "rsum": metric(140.0, "", (130.0, 150.0))}, "checkpoint": {"step": 77}},
+    )
+    head = {
+        "elements": {"image": {"inputs_looked_at": [1.5, 2.5]}},
+        "words": [{"caption": "a <dog>", "elements": [[["dog", 0.8], ["a", 0.2]], [["a", 0.6], ["dog", 0.4]]]}],
+    }
+    looked = {"variance_image_log_of_mean": metric(-1.234, ""), "slots_image_overlap": metric(55.0)}
+    write_json(folder.results("diagnostics", SLOTS), {"metrics": looked, "details": {"head": head}})
+    src = "data:image/jpeg;base64," + base64.b64encode(picture(1)).decode()
+    cards = [{"src": src, "alt": f"picture {n}", "caption": f"slot {n}", "note": "row <1>"} for n in range(3)]
+    write_json(folder.looks(SLOTS), [cards, cards])
     size = {"scenes": 40, "test_scenes": 31, "nouns": 8, "global_batch_size": 16}
     config = {"steps": 6, "seed": 0, "fast": False, "size": size}
     DemoRecord(config=config, steps=[StepRecord(title="draw", commands=["python -m this 'a<b'"], seconds=61.0)]).save(
@@ -165,10 +179,10 @@ def test_menu_links_lead_to_sections_and_ids_are_unique(html):
     elements = Elements(html)
     ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
     targets = [a["href"][1:] for a in elements.of("a") if a["href"].startswith("#")]
-    assert len(targets) == 7
+    assert len(targets) == 8
     assert set(targets) <= set(ids)
     sections = [attributes["id"] for attributes in elements.of("section")]
-    assert len(set(sections)) == len(sections) == 7
+    assert len(set(sections)) == len(sections) == 8
 
 
 def test_headings_start_with_one_title_and_skip_no_level(html):
@@ -190,6 +204,21 @@ def test_figures_of_both_arms_stand_beside_chance(html):
         "object_iou, target budget, β 0.25",
     ):
         assert text in html
+
+
+def test_the_section_on_sets_shows_where_slots_look_and_says_who_is_ahead(html):
+    section = html.split('<section id="sets"')[1].split("</section>")[0].replace("\N{NO-BREAK SPACE}", " ")
+    assert section.count("<img") == 6
+    for text in (
+        "77 steps only",
+        "sets are ahead here",
+        "a &lt;dog&gt;",
+        "dog 80 %",
+        "-1.23",
+        "row &lt;1&gt;",
+        "2 slots compete",
+    ):
+        assert text in section, text
 
 
 def test_caveats_and_credits_are_there(html):

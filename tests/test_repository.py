@@ -154,7 +154,8 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("module", commands())
 def test_a_command_says_how_it_is_run(module):
     documentation = ast.get_docstring(ast.parse(our_modules()[module].read_text(encoding="utf-8"))) or ""
-    assert re.search(rf"(python |torchrun .*)-m {re.escape(module)}\b", documentation)
+    named = re.escape(module.removesuffix(".__main__"))
+    assert re.search(rf"(python |torchrun .*)-m {named}\b", documentation)
 
 
 def test_the_file_tree_of_the_readme_names_every_package_and_no_other_file():

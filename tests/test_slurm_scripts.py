@@ -83,9 +83,8 @@ def pipeline(home, *words, **more):
 
 
 def test_the_whole_chain_is_planned_stage_after_stage(home):
-    said = pipeline(
-        home, "yfcc15m", "--dry-run", LLM_MODEL="some/model", EVALUATIONS="zeroshot imagenet; retrieval coco"
-    )
+    evaluations = {"EVALUATIONS": "zeroshot imagenet; retrieval coco", "FINETUNE_DATA": ""}
+    said = pipeline(home, "yfcc15m", "--dry-run", LLM_MODEL="some/model", **evaluations)
     assert said.stderr == ""
     lines = said.stdout.splitlines()
     assert all(line.startswith("sbatch --kill-on-invalid-dep=yes ") for line in lines)
@@ -114,10 +113,108 @@ def test_a_stage_whose_files_are_there_is_not_submitted_again(home):
     )
 
 
-def test_an_unknown_corpus_is_refused(home):
-    said = pipeline(home, "cc13m")
+def test_what_is_prepared_is_fine_tuned_on_and_evaluated_each_after_the_other(home):
+    for folder in (home / "data/coco", home / "elsewhere/mine"):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    data = f"coco flickr30k {home}/elsewhere/mine/"
+    said = pipeline(home, "cc12m", "--finetune-data", data, "--dry-run", FINETUNE_ARGS="--head pie", EVALUATIONS="")
+    assert said.stderr == ""
+    lines = [line.rstrip() for line in said.stdout.splitlines()]
+    assert re.search(r"^finetune:flickr30k +left out: no manifest.json in data/flickr30k ", said.stdout, re.MULTILINE)
+    pretrain, coco, mine, of_coco, of_mine = lines[-5:]
+    assert "slurm/pretrain_cc12m.sh" in pretrain
+    begin = "--dependency=afterok:pretrain slurm/finetune.sh plain --model runs/cc12m"
+    assert coco.endswith(f"{begin} --dataset coco --out runs/cc12m-coco --head pie")
+    assert mine.endswith(f"{begin} --data {home}/elsewhere/mine/ --out runs/cc12m-mine --head pie")
+    tuned = "--checkpoint runs/cc12m-{0} --out runs/cc12m-{0}/results/retrieval.json"
+    assert of_coco.endswith(f"afterok:finetune:coco slurm/evaluate.sh retrieval coco {tuned.format('coco')}")
+    assert of_mine.endswith(f"retrieval --data {home}/elsewhere/mine/ {tuned.format('mine')}")
+    # Of several seeds each run makes its own results; without data there is nothing to do.
+    seeds = pipeline(home, "cc12m", "--dry-run", FINETUNE_DATA="coco", FINETUNE_ARGS="--seeds 3", EVALUATIONS="")
+    assert "slurm/finetune.sh" in seeds.stdout
+    assert "slurm/evaluate.sh" not in seeds.stdout
+    assert "finetune" not in pipeline(home, "cc12m", "--dry-run", FINETUNE_DATA="").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["cc13m"], "cc13m"),
+        (["cc12m", "--dry"], "cc12m --dry"),
+        (["cc12m", "--finetune-data"], "cc12m --finetune-data"),
+        (["cc12m", "--finetune-data", "--dry-run"], "cc12m --finetune-data --dry-run"),
+        ([], "nothing"),
+    ],
+)
+def test_unknown_words_are_refused(home, words, found):
+    said = pipeline(home, *words)
     assert said.returncode == 2
-    assert "expected a corpus (cc3m, cc12m, yfcc15m)" in said.stderr
+    assert "expected a corpus (cc3m, cc12m, yfcc15m) and perhaps" in said.stderr
+    assert f"found: {found}" in said.stderr
+    assert not list((home / "slurm/logs").glob("chain-*")), "nothing was planned"
+
+
+def test_two_data_sets_of_one_name_are_refused(home):
+    for folder in (home / "data/coco", home / "my/coco"):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    said = pipeline(home, "cc12m", "--dry-run", FINETUNE_DATA="coco my/coco")
+    assert said.returncode == 2
+    assert "error: expected data sets with different names, found two named coco: coco my/coco" in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SETCLIP_DEVICE": "cpu"}, "1"),
+        ({"SETCLIP_DEVICE": "cpu", "SLURM_NTASKS_PER_NODE": "3"}, "3"),
+        ({"SETCLIP_DEVICE": "cpu", "SLURM_NTASKS": "4"}, "2"),
+        ({"SETCLIP_DEVICE": "cpu", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "1"}, "4"),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "1"}, "8"),
+    ],
+)
+def test_ranks_are_as_many_as_gpus_or_on_cpus_as_tasks(home, variables, expected):
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NAME": "a", "SLURM_SUBMIT_DIR": str(home)}
+    script = "source slurm/common.sh; ranks_per_node"
+    environment = {**os.environ, **job, **variables}
+    found = subprocess.run(["bash", "-c", script], cwd=home, capture_output=True, text=True, env=environment)
+    assert found.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("attempt", "run_has", "words", "expected"),
+    [
+        (1, (), (), ""),
+        (1, ("config.yaml", "checkpoints/step-00000005"), (), "--resume True"),
+        (1, ("config.yaml",), (), "--overwrite True"),  # killed before its first checkpoint
+        (1, ("config.yaml", "checkpoints/step-00000005"), ("--overwrite", "True"), ""),
+        (2, ("config.yaml", "checkpoints/step-00000005"), ("--overwrite", "True"), "--overwrite False --resume True"),
+        (2, ("config.yaml",), (), "--overwrite True"),
+        (2, ("seed-0/config.yaml", "seed-0/checkpoints/step-00000005"), (), "--overwrite False --resume True"),
+    ],
+)
+def test_a_fine_tuning_goes_on_where_there_is_a_checkpoint(home, attempt, run_has, words, expected):
+    """The command that the ranks would be given, in place of which it is printed."""
+    run, logs = home / "runs/finetune", home / "slurm/logs/a-1"
+    logs.mkdir()
+    (logs / "run").write_text(f"{run}\n")
+    (logs / "begun").touch()
+    os.utime(logs / "begun", (1, 1))
+    for name in run_has:
+        path = run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch() if path.suffix else path.mkdir()
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NAME": "a", "SLURM_SUBMIT_DIR": str(home)}
+    job |= {"SLURM_JOB_NODELIST": "n", "SLURM_JOB_PARTITION": "p", "SETCLIP_DEVICE": "cpu", "PYTHON": "python"}
+    job["SLURM_RESTART_COUNT"] = str(attempt - 1)
+    stand_ins = 'check() { :; }; finish() { :; }; launch() { echo launched: "$@"; }'
+    script = f"source slurm/common.sh; {stand_ins}; finetune plain {' '.join(words)}"
+    environment = {**os.environ, **job}
+    found = subprocess.run(["bash", "-c", script], cwd=home, capture_output=True, text=True, env=environment)
+    (line,) = [line for line in found.stdout.splitlines() if line.startswith("launched: ")]
+    given = f"launched: 1 python -m finetune.run plain --out {run} --device cpu {' '.join([*words, expected])}"
+    assert " ".join(line.split()) == " ".join(given.split())
 
 
 # --- the state of a chain
@@ -187,6 +284,40 @@ def test_each_stage_tells_state_progress_rate_time_left_and_last_error(chain):
     shown = table(list(states.values()))
     assert shown.splitlines()[0].split() == ["stage", "state", "job", "progress", "rate", "left"]
     assert "fetch (job 1): error: no network" in shown
+
+
+def test_a_fine_tuning_tells_step_rate_time_left_and_best_recall(chain, tmp_path):
+    run = tmp_path / "tuned"
+    run.mkdir()
+    with open(chain / "chain-a.tsv", "a") as file:
+        file.write(f"finetune:small\t{run}\n")
+    with open(chain / "chain-a.jobs", "a") as file:
+        file.write("finetune:small\t6\n")
+
+    def state():
+        return states_of("a", chain, [QueuedTask("6", "RUNNING", "None")])[-1]
+
+    assert (state().state, state().progress) == ("running", "")
+    (run / "config.yaml").write_text("epochs: 12.0\nbatch_size: 32\n")
+    entries = [
+        {"step": 5, "epoch": 0.5, "loss": 1.0, "elapsed_seconds": 90.0},  # of the attempt before
+        {"step": 10, "epoch": 1.0, "loss": 1.0, "elapsed_seconds": 7.0},
+        {"step": 20, "epoch": 2.0, "loss": 1.0, "elapsed_seconds": 12.0},
+        {"step": 20, "val_rsum": 61.25, "elapsed_seconds": 13.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert state().progress == "step 20 of 120 (17%), best rsum 61.2"
+    assert (state().rate, state().left) == ("64 pictures/s", "50 s")
+    (run / "seed-1").mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).rename(run / "seed-1" / name)
+    assert state().progress == "seed-1, step 20 of 120 (17%), best rsum 61.2"
+
+    (run / "results.json").write_text("{}")
+    assert states_of("a", chain, [])[-1].state == "done"
+    (run / "checkpoints/step-00000030").mkdir(parents=True)
+    os.utime(run / "results.json", (1, 1))
+    assert states_of("a", chain, [])[-1].state == "failed", "results of before it was trained further"
 
 
 def test_a_job_that_went_without_a_word_is_not_taken_for_done(chain):

@@ -164,9 +164,8 @@ def _is_of_example(said: Sequence[str], name: str, is_named: bool) -> bool:
 @lru_cache(maxsize=1)
 def _singular() -> Callable[[str], str]:
     """Returns what makes a plural singular, by the rules of the parser by part of speech."""
-    import spacy  # here, because it takes seconds to load and most answers need it not
-
-    from data_prep.parse_pos import NounRules, find_pipeline
+    from data_prep.parse_pos import NounRules, find_pipeline  # here: loading takes seconds, and is seldom needed
+    from data_prep.spacy_alone import spacy
 
     rules = NounRules(spacy.load(find_pipeline(), exclude=["parser", "ner", "senter"]), ())
     return lru_cache(100_000)(lambda word: rules.lemma(word, "NNS"))

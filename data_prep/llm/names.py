@@ -9,12 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from spacy.tokens import Doc
 
 from data_prep.llm.synonyms import Synonyms
 from data_prep.llm.texts import words
 from data_prep.parse_pos import Noun, PosParser
 from data_prep.pos_config import PosConfig
+from data_prep.spacy_alone import Doc
 
 RULES_VERSION = 1  # raise it when the same names would give other objects
 

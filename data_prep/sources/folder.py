@@ -38,7 +38,8 @@ from data_prep.sources.untrusted import (
 )
 from setclip.errors import InputError
 from setclip.hashing import hash_text
-from setclip.shards import is_image_extension
+from setclip.hold_out import held_out
+from setclip.shards import is_image_extension, key_of
 from setclip.tar_reader import Member, TarReader, iterate_members
 
 _SAMPLES_PER_UNIT = 10_000
@@ -53,6 +54,7 @@ Entry = tuple[str, list[str], Any]
 """What a line says: file name, captions, url or None."""
 
 
+HELD_OUT_SPLIT = "val"
 UNNAMED = "image that no caption names (images, not samples)"
 
 
@@ -67,6 +69,9 @@ class FolderConfig(PrepareConfig):
     caption; lines of one image are one sample. Plain or .gz."""
     split: str = "train"
     """Name of the split that the samples make."""
+    hold_out: int = 0
+    """Make a split of its own, val, of so many pictures, to choose settings on: drawn by their keys alone, the same as
+    `finetune.run --hold-out` takes. Planning then reads all images."""
     check: Literal["structure", "decode"] = "decode"
     """Of images that keep their bytes: headers and the marks of a complete file, or every pixel (several times slower;
     finds damage inside)."""
@@ -74,6 +79,10 @@ class FolderConfig(PrepareConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_split(self.split)
+        if self.hold_out < 0:
+            raise ValueError(f"hold_out must not be negative, found {self.hold_out}")
+        if self.hold_out and self.split == HELD_OUT_SPLIT:
+            raise ValueError(f"hold_out makes a split {HELD_OUT_SPLIT}; give the other samples another --split")
 
 
 @dataclass(frozen=True)
@@ -128,16 +137,51 @@ def plan(config: FolderConfig) -> Plan:
     file = CaptionFile(str(config.captions), is_tsv, *_state(config.captions))
     with open_images(config.images) as images:
         parts = _look_through(file, images)
+        held = _names_held_out(file, images, config.hold_out) if config.hold_out else None
     units = [
         Unit(
-            name=f"{config.captions}, samples {_SAMPLES_PER_UNIT * i + 1:,} to {_SAMPLES_PER_UNIT * i + samples:,}",
-            split=config.split,
-            read=partial(read_samples, file, config.images, lines),
+            name=f"{config.captions}, samples {_SAMPLES_PER_UNIT * i + 1:,} to {_SAMPLES_PER_UNIT * i + samples:,}{what}",
+            split=split,
+            read=partial(read_samples, file, config.images, lines, wanted),
         )
+        for split, what, wanted in _splits(config.split, held)
         for i, (samples, lines) in enumerate(parts.all())
     ]
     lonely = partial(read_lonely, file, config.images)
     return Plan(units=[*units, Unit(name=f"{config.images}, images without caption", split=config.split, read=lonely)])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Samples of the names, or of all but them."""
+
+    names: frozenset[str]
+    are_in: bool
+
+    def __contains__(self, name: str) -> bool:
+        return (_normal(name) in self.names) == self.are_in
+
+
+def _splits(split: str, held: frozenset[str] | None) -> Iterator[tuple[str, str, Wanted | None]]:
+    """Yields each split with what its units' names end with, and the samples that it has (None: all)."""
+    if held is None:
+        yield split, "", None
+    else:
+        yield HELD_OUT_SPLIT, ", held out", Wanted(held, True)
+        yield split, ", the others", Wanted(held, False)
+
+
+def _names_held_out(file: CaptionFile, images: "FolderImages | TarImages", number: int) -> frozenset[str]:
+    """Returns the file names of pictures that are held out. Reads every image."""
+    keys: dict[str, str] = {}
+    for line_number, _, line in _lines(file.path):
+        if line_number == 1 and file.is_tsv and _is_header(line):
+            continue
+        name = _normal(_parse(file, line_number, line)[0])
+        if name not in keys and not isinstance(image := images.read(name), Dropped):
+            keys[name] = key_of(image)[0]
+    names = list(keys)
+    return frozenset(names[row] for row in held_out(list(keys.values()), number))
 
 
 def _look_through(file: CaptionFile, images: "FolderImages | TarImages") -> "_Parts":
@@ -163,8 +207,10 @@ def _look_through(file: CaptionFile, images: "FolderImages | TarImages") -> "_Pa
     return parts
 
 
-def read_samples(file: CaptionFile, images: Path, lines: Span | Picks) -> Iterator[Record | Dropped]:
-    """Yields the samples of some lines: those whose image is not there as dropped.
+def read_samples(
+    file: CaptionFile, images: Path, lines: Span | Picks, wanted: Wanted | None = None
+) -> Iterator[Record | Dropped]:
+    """Yields the samples of some lines, or the `wanted` ones of them: those whose image is not there as dropped.
 
     Raises InputError where a line is broken, the file has changed since it was planned, or an image cannot be read.
     """
@@ -173,6 +219,8 @@ def read_samples(file: CaptionFile, images: Path, lines: Span | Picks) -> Iterat
     parsed = (_parse(file, number, line) for number, _, line in chosen)
     with open_images(images) as found:
         for name, entries in _by_sample(parsed, file.is_tsv):
+            if wanted is not None and name not in wanted:
+                continue
             captions: list[Any] = [caption for _, more, _ in entries for caption in more]
             image = found.read(name)
             if isinstance(image, Dropped):

@@ -34,6 +34,7 @@ __all__ = [
     "LOSSES",
     "BatchObjects",
     "DhSetDiversityConfig",
+    "GaussianKlConfig",
     "GramConfig",
     "HybridTripletConfig",
     "LossStep",
@@ -82,6 +83,11 @@ class GramConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GaussianKlConfig:
+    """Nothing to choose."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HybridTripletConfig(TripletConfig):
     """As the triplet loss, of DH-Set's hybrid scores: closes the gap between training and inference. Ours."""
 
@@ -119,6 +125,15 @@ def _pcme(step: LossStep, config: PcmeConfig) -> Tensor:
     return pcme_loss(step.images.sets, step.texts.sets, step.similarity.a, step.similarity.b, step.pairs, config)
 
 
+def _kl(step: LossStep, config: GaussianKlConfig) -> Tensor:
+    sides = [output.auxiliary for output in (step.images, step.texts)]
+    if any("log_sigma" not in side for side in sides):
+        raise InputError(
+            "expected a pcme head for gaussian_kl, found sets that are no samples of a Gaussian; leave it out"
+        )
+    return sum(gaussian_kl(side["mean"], side["log_sigma"]) for side in sides)  # type: ignore[return-value]
+
+
 def _mmd(step: LossStep, config: MmdConfig) -> Tensor:
     return mmd_loss(_elements(step.images), _elements(step.texts), config)
 
@@ -150,6 +165,7 @@ LOSSES: dict[str, Term] = {
     "triplet_hybrid": Term(HybridTripletConfig, _hybrid),
     "contrastive": Term(LossConfig, _contrastive),
     "pcme": Term(PcmeConfig, _pcme),
+    "gaussian_kl": Term(GaussianKlConfig, _kl),
     "mmd": Term(MmdConfig, _mmd),
     "uniformity": Term(UniformityConfig, lambda step, config: _diversity(step, lambda r: uniformity_loss(r, config))),
     "gram": Term(GramConfig, lambda step, config: _diversity(step, gram_loss)),

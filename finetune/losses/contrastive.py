@@ -44,35 +44,37 @@ def contrastive_loss_of_scores(
     """Returns the loss, a scalar float32 at least.
 
     `scores`: (B, T); `scale`: one number, the exponentiated logit scale; `bias`: one number, of siglip. `objects`: of losses
-    that look at them. `moment`: of psd. Rows of one image are true pairs of all its texts; `pairs.excluded` counts
-    nowhere, so that it must be None. Does not reduce over ranks. With one text an image it is pretraining's loss of vectors
-    whose cosines are the scores.
+    that look at them. `moment`: of psd. Rows of one image are true pairs of all its texts. Pairs that `pairs.excluded` takes out
+    are neither true nor others: they are in no softmax and in no sum, and no target has a share for them. Does not reduce over
+    ranks. With one text an image it is pretraining's loss of vectors whose cosines are the scores.
     """
     pairs.check(scores)
-    if pairs.excluded is not None:
-        raise InputError(
-            "expected pairs without excluded ones for a soft-label loss, found a mask; give the objects to the loss instead"
-        )
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     true = pairs.same_image(len(scores))
+    counts = torch.ones_like(true) if pairs.excluded is None else true | ~pairs.excluded
     similarity = _similarities(config, objects, scores.shape, scores.device)
-    targets = [_targets(config, true, similarity), _targets(config, true.T, _turned(similarity))]
+    targets = [_targets(config, true, counts, similarity), _targets(config, true.T, counts.T, _turned(similarity))]
     logits = scale * scores
     if config.name == "siglip":
         if bias is None:
             raise InputError("expected a bias for siglip, found none; give one that begins at -10")
         labels = targets[0].to(logits)
-        both = torch.nn.functional.binary_cross_entropy_with_logits(logits + bias, labels, reduction="sum")
+        both = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits + bias, labels, counts.to(logits), reduction="sum"
+        )
         return both / scores.shape[1]
     if config.name == "psd":
-        targets = _distilled(targets, scores, config, moment)
+        targets = _distilled(targets, scores.masked_fill(~counts, -torch.inf), config, moment)
     total = scores.new_zeros(())
-    for target, rows, is_true in zip(targets, (logits, logits.T), (true, true.T), strict=True):
-        q, log_p = target.to(rows), rows.log_softmax(1)
+    for target, rows, is_true, is_in in zip(
+        targets, (logits, logits.T), (true, true.T), (counts, counts.T), strict=True
+    ):
+        q, rows = target.to(rows), rows.masked_fill(~is_in, -torch.inf)
+        log_p = rows.log_softmax(1)
         if config.name == "softclip":
-            total = total + _softclip(q, rows, log_p, is_true, config)
+            total = total + _softclip(q, rows, log_p, is_true, is_in, config)
         else:
-            total = total - (q * log_p).sum(1).mean()
+            total = total - (q * log_p.masked_fill(~is_in, 0.0)).sum(1).mean()
     return total / 2
 
 
@@ -106,16 +108,16 @@ def _turned(similarity: Tensor | None) -> Tensor | None:
     return None if similarity is None else similarity.T
 
 
-def _targets(config: LossConfig, true: Tensor, similarity: Tensor | None) -> Tensor:
-    """Returns Q, (Q, C) float64, of queries with true pairs (Q, C) bool."""
-    others = ~true
+def _targets(config: LossConfig, true: Tensor, counts: Tensor, similarity: Tensor | None) -> Tensor:
+    """Returns Q, (Q, C) float64, of queries with true pairs (Q, C) bool, 0 where a pair does not count."""
+    others = ~true & counts
     values = torch.zeros(true.shape, dtype=torch.float64, device=true.device) if similarity is None else similarity
-    values = values.masked_fill(true, 0.0)
+    values = values.masked_fill(~others, 0.0)
     num_true = true.sum(1).double()
     crowd = Crowd(true=num_true, others=others.sum(1).double(), overlaps=(values > 0).any(1), total=values.sum(1))
     rows = config.find_target().rows(crowd, config)
     to_others = rows.per_similarity[:, None] * values + rows.to_each[:, None]
-    return torch.where(true, (rows.true / num_true)[:, None], to_others)
+    return torch.where(true, (rows.true / num_true)[:, None], to_others.masked_fill(~others, 0.0))
 
 
 def _distilled(targets: list[Tensor], scores: Tensor, config: LossConfig, moment: Moment | None) -> list[Tensor]:
@@ -132,14 +134,16 @@ def _distilled(targets: list[Tensor], scores: Tensor, config: LossConfig, moment
     return [torch.where(is_hard, q.to(scores), teacher) for q, teacher in zip(targets, teachers, strict=True)]
 
 
-def _softclip(q: Tensor, logits: Tensor, log_p: Tensor, is_true: Tensor, config: LossConfig) -> Tensor:
+def _softclip(q: Tensor, logits: Tensor, log_p: Tensor, is_true: Tensor, is_in: Tensor, config: LossConfig) -> Tensor:
     """Returns the symmetric divergence over all pairs, and with its weight that over negatives alone."""
-    total = _both_ways(q, q.log(), log_p).sum(1).mean()
-    if is_true.all(1).any():  # a row without negatives: a batch of one image
+    log_q = q.masked_fill(~is_in, 1.0).log()
+    total = _both_ways(q, log_q, log_p.masked_fill(~is_in, 0.0)).masked_fill(~is_in, 0.0).sum(1).mean()
+    is_out = is_true | ~is_in
+    if is_out.all(1).any():  # a row without negatives: a batch of one image, or of one class
         return total
-    log_p_off = logits.masked_fill(is_true, -torch.inf).log_softmax(1).masked_fill(is_true, 0.0)
-    log_q_off = q.log().masked_fill(is_true, -torch.inf).log_softmax(1).masked_fill(is_true, 0.0)
-    apart = _both_ways(log_q_off.exp(), log_q_off, log_p_off).masked_fill(is_true, 0.0)
+    log_p_off = logits.masked_fill(is_out, -torch.inf).log_softmax(1).masked_fill(is_out, 0.0)
+    log_q_off = log_q.masked_fill(is_out, -torch.inf).log_softmax(1).masked_fill(is_out, 0.0)
+    apart = _both_ways(log_q_off.exp(), log_q_off, log_p_off).masked_fill(is_out, 0.0)
     return total + config.negatives_weight * apart.sum(1).mean()
 
 

@@ -4,8 +4,9 @@
     sets = model.encode_image(pixels)                    # (B, K, D), or (B, D) where a set is one vector
     again = SetModel.of_description(model.description)   # without its weights
 
-`encode_image` and `encode_text` give what `similarity_of_features` compares: unit vectors, zero where a set has no element. So
-whatever evaluates features evaluates sets (`eval_suite`). Letters: B samples, K elements, D width, L text tokens.
+`encode_image` and `encode_text` give what `similarity_of_features` compares: unit vectors (but see `keeps_norms`), zero where a
+set has no element. So whatever evaluates features evaluates sets (`eval_suite`). Letters: B samples, K elements, D width, L text
+tokens.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from setclip.models.backbones import Backbone, Features, make_backbone
 from setclip.models.heads import HEADS, HeadOutput, HeadPair, make_pair
 from setclip.models.heads.dhset import DhSetText
 from setclip.models.pieces import unit
+from setclip.models.subspaces import SubSpaces
 
 Inference = Literal["set", "hybrid"]
 
@@ -36,6 +38,8 @@ class HeadSettings:
     similarity_options: Mapping[str, Any] = field(default_factory=dict)
     inference: Inference | None = None
     """None: hybrid where the head has it"""
+    projection: str | None = None
+    """In front of the image head: vseinf, dive or none"""
 
 
 class SetModel(nn.Module):
@@ -50,24 +54,20 @@ class SetModel(nn.Module):
         self.inference: Inference = settings.inference or ("hybrid" if has_hybrid else "set")
         self.inferences: tuple[Inference, ...] = ("set", "hybrid") if name == "dhset" else (self.inference,)
         """Those that evaluation can take"""
-        norm = getattr(self.pair.text, "norm", "cos")
-        if norm == "l2":
-            self.inferences = ("hybrid",)
-        if (
-            self.inference not in self.inferences
-            or (name == "dhset_fragment" and self.inference == "set")
-            or norm == "none"
-        ):
+        self.norm: str = getattr(self.pair.text, "norm", "cos")
+        if name == "dhset_fragment":
+            self.norm = getattr(self.pair.similarity, "norm", "cos")
+        if self.inference == "hybrid" and not has_hybrid:
             raise InputError(
-                f"expected of head {name} an inference from unit vectors alone, found inference {self.inference} with norm "
-                f"{norm}, for which evaluation needs more than they hold; take hybrid with norm cos"
-                + (" or l2" if name == "dhset" else "")
+                f"expected inference set of head {name}, found hybrid, which dhset and dhset_fragment alone have; leave it out"
             )
-        if (settings.similarity or "") == "laps":
-            raise InputError(
-                "expected a similarity without weights of its own that choose patches, found laps, which evaluation cannot "
-                "load; take max_mean"
-            )
+
+    @property
+    def keeps_norms(self) -> bool:
+        """Whether what is compared counts as long as it is; else features are unit vectors."""
+        name = self.settings.name
+        is_set_of_words = name == "dhset_fragment" and self.inference == "set"
+        return name == "pcme" or is_set_of_words or self.norm == "none" or self.settings.similarity == "laps"
 
     @property
     def description(self) -> dict[str, Any]:
@@ -100,22 +100,32 @@ class SetModel(nn.Module):
         if inference == "set" or not isinstance(self.pair.text, DhSetText):
             return as_features(output)
         if self.settings.name == "dhset":
-            return self.pair.text.hybrid(output.sets)
+            return output.sets.sum(1) if self.norm == "none" else self.pair.text.hybrid(output.sets)
         # the sub-spaces' vectors of a word stand side by side; their sum is all that the hybrid comparison looks at
-        words = unit(output.sets.unflatten(1, (-1, len(self.pair.text.subspaces.alpha))).sum(2))
+        words = output.sets.unflatten(1, (-1, len(self.pair.text.subspaces.alpha))).sum(2)
+        words = words if self.norm == "none" else unit(words)
         mask = None if output.mask is None else output.mask.view(*words.shape[:2], -1)[..., 0]
         return words if mask is None else words.masked_fill(~mask[..., None], 0.0)
 
     def similarity_of_features(self, inference: Inference | None = None) -> dict[str, Any]:
         """Returns what compares features, {"name": …, options}, learned numbers included: for setclip_config.json."""
         inference = inference or self.inference
-        learned = {name: float(value.detach()) for name, value in self.pair.similarity.named_parameters()}
-        if self.settings.name == "dhset":
-            return {"name": "cosine"} if inference == "hybrid" else {"name": "dhset_set"}
-        if self.settings.name == "dhset_fragment":
+        if isinstance(self.pair.text, DhSetText) and self.settings.name == "dhset":
+            if inference == "set" and self.norm == "l2":
+                return {"name": "dhset_rows", **_of_rows(self.pair.text.subspaces), "weights": "pair.text."}
+            of_norm = {"norm": "none"} if self.norm == "none" else {}
+            if inference == "set":
+                return {"name": "dhset_set", **of_norm}
+            return {"name": "dhset_hybrid", **of_norm} if of_norm else {"name": "cosine"}
+        if isinstance(self.pair.text, DhSetText):
             scale = float(self.pair.similarity.scale.detach())  # type: ignore[operator]
-            return {"name": "dhset_fragment", "num_elements": 1, "scale": scale, "learns_scale": False}
+            number = 1 if inference == "hybrid" else len(self.pair.text.subspaces.alpha)
+            options = {"num_elements": number, "scale": scale, "learns_scale": False, "norm": self.norm}
+            return {"name": "dhset_fragment", **options}
+        if self.settings.similarity == "laps":
+            return {"name": "laps", **self.settings.similarity_options, "weights": "pair.similarity."}
         name = self.settings.similarity or HEADS[self.settings.name].similarity
+        learned = {name: float(value.detach()) for name, value in self.pair.similarity.named_parameters()}
         return {"name": name, **self.settings.similarity_options, **learned}
 
 
@@ -123,6 +133,19 @@ def as_features(output: HeadOutput) -> Tensor:
     """Returns sets, zero where there is no element, as features: (B, K, D), or (B, D) of sets of one vector."""
     sets = output.sets if output.mask is None else output.sets.masked_fill(~output.mask[..., None], 0.0)
     return sets[:, 0] if sets.shape[1] == 1 and output.mask is None else sets
+
+
+def _of_rows(subspaces: SubSpaces) -> dict[str, Any]:
+    """Returns the options of `dhset_rows`."""
+    num, rows, width = subspaces.weight.shape
+    return {
+        "width": width,
+        "num_elements": num,
+        "num_rows": rows,
+        "sharpness": subspaces.sharpness,
+        "row_activation": subspaces.row_activation,
+        "unit_rows": subspaces.unit_rows,
+    }
 
 
 def _pair(backbone: Backbone, settings: HeadSettings) -> HeadPair:
@@ -144,4 +167,5 @@ def _pair(backbone: Backbone, settings: HeadSettings) -> HeadPair:
         settings.similarity,
         settings.similarity_options,
         "set",
+        settings.projection,
     )

@@ -12,10 +12,14 @@ from typing import Any
 from setclip.lookup import look_up
 from setclip.models.backbones.base import Backbone, Features
 from setclip.models.backbones.open_clip_towers import OpenClipTowers
+from setclip.models.backbones.towers import Towers
 
-__all__ = ["BACKBONES", "Backbone", "Features", "make_backbone"]
+__all__ = ["BACKBONES", "RECURRENT", "Backbone", "Features", "make_backbone"]
 
-BACKBONES: dict[str, type[Backbone]] = {"open_clip": OpenClipTowers}
+RECURRENT = ("bigru", "bigru_concat", "gru")
+"""Text towers that begin at random (`recurrent`)"""
+
+BACKBONES: dict[str, type[Backbone]] = {"open_clip": OpenClipTowers, "towers": Towers}
 
 
 def make_backbone(description: Mapping[str, Any]) -> Backbone:

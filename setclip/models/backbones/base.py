@@ -3,14 +3,16 @@
 Letters: B samples, N local features of one sample (padded), E their width, F width of the global feature, L text tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from setclip.errors import InputError
 from setclip.models.heads import SideWidths
+from setclip.word_noise import Draw
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Backbone(nn.Module):
     image_widths: SideWidths
     text_widths: SideWidths
     image_size: int
-    """Side of the square pictures that `image` takes, in pixels"""
+    """Side of the square pictures that `image` takes, in pixels; 0 where it takes regions"""
+    takes_regions = False
+    """Whether `image` takes features of regions, (B, N, E) float, in place of pictures"""
     tokenizer: Callable[[list[str]], Tensor]
     """B texts to (B, L) int64, as `text` takes them"""
     scales: list[tuple[int, int]] | None = None
@@ -48,13 +52,70 @@ class Backbone(nn.Module):
         """Returns the features of pictures, (B, 3, S, S) float, normalised as the towers want it."""
         raise NotImplementedError
 
+    def regions(self, values: Tensor, mask: Tensor) -> Features:
+        """Returns the features of regions of which some are left out; `mask` (B, N) bool. Where `takes_regions`."""
+        raise NotImplementedError
+
     def text(self, tokens: Tensor) -> Features:
         """Returns the features of texts, (B, L) int64. Words are cut behind the longest text of the batch."""
         raise NotImplementedError
 
+    def words_of(self, texts: Sequence[str]) -> list[list[str]] | None:
+        """Returns the words, or pieces of words, that `text` gives local features of, by text; None: it does not tell."""
+        return None
+
+    def noisy_tokens(self, texts: Sequence[str], rate: float, draws: Sequence[Draw]) -> Tensor:
+        """Returns what the tokenizer gives of texts with words changed in training (`setclip.word_noise`), each by its own draw.
+
+        Raises InputError where the tokenizer has no token for a masked word.
+        """
+        raise _without_mask()
+
     def side_of(self, name: str) -> str:
         """Returns "image" or "text": whose tower a parameter of that name is."""
         raise NotImplementedError
+
+
+class ImageTower(nn.Module):
+    """One side of `Towers`: pictures, or regions, to features, by `forward`."""
+
+    widths: SideWidths
+    image_size: int
+    """As of Backbone"""
+    scales: list[tuple[int, int]] | None = None
+    scale_widths: list[int] | None = None
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Its kind, and the arguments that build it anew, weights aside: JSON."""
+        raise NotImplementedError
+
+
+class TextTower(nn.Module):
+    """The other side: tokens to features."""
+
+    widths: SideWidths
+    tokenizer: Callable[[list[str]], Tensor]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Its kind, and the arguments that build it anew, weights aside: JSON."""
+        raise NotImplementedError
+
+    def words_of(self, texts: Sequence[str]) -> list[list[str]] | None:
+        """As of Backbone."""
+        return None
+
+    def noisy_tokens(self, texts: Sequence[str], rate: float, draws: Sequence[Draw]) -> Tensor:
+        """As of Backbone."""
+        raise _without_mask()
+
+
+def _without_mask() -> InputError:
+    return InputError(
+        "expected a text tower with a token for masked words for --noise.words, found open_clip's, which has none; take "
+        "--backbone.text bigru or bert, or leave the noise out"
+    )
 
 
 def cut(features: Features) -> Features:

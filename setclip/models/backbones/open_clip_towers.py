@@ -7,7 +7,7 @@ Used through the dict of `setclip.models.backbones`. Letters: B samples, N place
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,11 +100,9 @@ class OpenClipTowers(Backbone):
             return self._hugging_face(tokens)
         if isinstance(self.words, TextTransformer):
             pooled, local = self.words(tokens)
-            how, pad = self.words.pool_type, getattr(self.words, "pad_id", 0)
         else:
             local, pooled = self._own(tokens)
-            how, pad = self.clip.text_pool_type, 0
-        return cut(Features(local[:, 1:], _words_there(tokens, how, pad)[:, 1:], pooled))
+        return cut(Features(local[:, 1:], _words_there(tokens, *self._pooling())[:, 1:], pooled))
 
     def _own(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (words, global feature) of the text tower that is part of open_clip's CLIP: its `encode_text`, in two."""
@@ -124,6 +122,26 @@ class OpenClipTowers(Backbone):
         # open_clip has left the class token out where it pools by it
         local = local if type(self.words.pooler) is ClsPooler else local[:, 1:]
         return cut(Features(local, mask[:, 1:], pooled))
+
+    def words_of(self, texts: Sequence[str]) -> list[list[str]]:
+        tokens = self.tokenizer(list(texts))
+        if isinstance(self.words, HFTextEncoder):
+            names = self.tokenizer.tokenizer.convert_ids_to_tokens  # type: ignore[attr-defined]
+            there = (tokens != self.words.config.pad_token_id)[:, 1:]
+            return [names(own[mask].tolist()) for own, mask in zip(tokens[:, 1:], there, strict=True)]
+        how, pad = self._pooling()
+        there = _words_there(tokens, how, pad)[:, 1:]
+        decoder = self.tokenizer.decoder  # type: ignore[attr-defined]
+        return [
+            [decoder[number].removesuffix("</w>") for number in own[mask].tolist()]
+            for own, mask in zip(tokens[:, 1:], there, strict=True)
+        ]
+
+    def _pooling(self) -> tuple[str, int]:
+        """Returns how the text tower finds its sentence, and the number of padding."""
+        if isinstance(self.words, TextTransformer):
+            return self.words.pool_type, getattr(self.words, "pad_id", 0)
+        return self.clip.text_pool_type, 0
 
     def side_of(self, name: str) -> str:
         return "image" if name.startswith("clip.visual.") else "text"

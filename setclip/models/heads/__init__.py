@@ -30,7 +30,9 @@ from setclip.models.heads.gpo import Gpo
 from setclip.models.heads.local import Local
 from setclip.models.heads.max import Max
 from setclip.models.heads.mean import Mean
+from setclip.models.heads.pcme import Pcme
 from setclip.models.heads.pie import Pie
+from setclip.models.heads.projected import projected
 from setclip.models.heads.single import Single
 from setclip.models.heads.slot import Slot
 from setclip.models.heads.transformer import Transformer
@@ -67,10 +69,12 @@ HEADS: dict[str, HeadKind] = {
     "slot": HeadKind(Slot, Slot, "smooth_chamfer", text_defaults={"position": "sine"}),
     "transformer": HeadKind(Transformer, Transformer, "smooth_chamfer", text_defaults={"position": "sine"}),
     "pie": HeadKind(Pie, Pie, "mil"),
+    "pcme": HeadKind(Pcme, Pcme, "match_prob_l2", {"noise_seed": 0}, {"noise_seed": 1}),
     "dhset": HeadKind(DhSetImage, DhSetText, "dhset_set", has_hybrid=True),
     "dhset_fragment": HeadKind(Local, DhSetFragmentText, "dhset_fragment", has_hybrid=True),
     "asa": HeadKind(Asa, Local, "scan"),
     "laps": HeadKind(Local, Local, "max_mean"),
+    "scan": HeadKind(Local, Local, "scan"),
     "gpo": HeadKind(Gpo, Gpo, "cosine"),
     "mean": HeadKind(Mean, Mean, "cosine"),
     "max": HeadKind(Max, Max, "cosine"),
@@ -117,11 +121,13 @@ def make_pair(
     similarity: str | None = None,
     similarity_options: Mapping[str, Any] | None = None,
     inference: str = "set",
+    projection: str | None = None,
 ) -> HeadPair:
     """Returns a new pair of heads of that name.
 
     `options` go to each side that knows them, `image_options` and `text_options` to one. `similarity`: another than the
-    head's own, by name. `inference` "hybrid" (DH-Set) or "set": what evaluation compares. Raises InputError on an
+    head's own, by name. `inference` "hybrid" (DH-Set) or "set": what evaluation compares. `projection`: "vseinf" or "dive", a
+    residual MLP in front of the image head (`projected`). Raises InputError on an
     unknown name, on an option that no side knows, and on values that do not fit.
     """
     kind = look_up(HEADS, name, "head")
@@ -129,7 +135,8 @@ def make_pair(
         able = ", ".join(n for n, k in HEADS.items() if k.has_hybrid)
         raise InputError(f"expected inference set, or hybrid of {able}, found {inference!r} of {name}; take set")
     shared = dict(options or {})
-    sides, used = [], set()
+    sides: list[SetHead] = []
+    used: set[str] = set()
     for which, cls, widths, defaults, own in (
         ("image", kind.image, image, kind.image_defaults, image_options or {}),
         ("text", kind.text, text, kind.text_defaults, text_options or {}),
@@ -143,7 +150,10 @@ def make_pair(
             )
         used |= set(shared) & set(known)
         chosen = {**defaults, **{key: value for key, value in shared.items() if key in known}, **own}
-        sides.append(cls(widths.local, width, widths.pooled, **chosen))
+        if which == "image" and projection is not None:
+            sides.append(projected(projection, widths.local, width, cls, chosen))  # type: ignore[arg-type]
+        else:
+            sides.append(cls(widths.local, width, widths.pooled, **chosen))
     if set(shared) - used:
         known = sorted({*_options_of(kind.image), *_options_of(kind.text)})
         raise InputError(

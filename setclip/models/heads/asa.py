@@ -22,17 +22,20 @@ from torch import Tensor, nn
 from setclip.errors import InputError
 from setclip.models.heads.base import HeadOutput, SetHead
 from setclip.models.pieces import check_choice, exact, softmax_over, unit
+from setclip.models.shared_norm import SharedBatchNorm1d
 
 Scale = tuple[int, int]
 """Rows and columns of a feature map."""
 
 
 class RowNorm(nn.Module):
-    """BatchNorm of inputs (B, N, C), over those that the mask, (B, N), leaves, in float32 at least; zero elsewhere."""
+    """BatchNorm of inputs (B, N, C), over those of all ranks that the mask, (B, N), leaves, in float32 at least; zero
+    elsewhere.
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = nn.BatchNorm1d(width)
+        self.norm = SharedBatchNorm1d(width)
 
     def forward(self, values: Tensor, mask: Tensor | None) -> Tensor:
         with torch.autocast(values.device.type, enabled=False):
@@ -90,7 +93,8 @@ class Asa(SetHead):
     `scales`: rows and columns of each map, finest first; None: inputs without a grid (words, regions; a mask may tell how
     many there are). `widths`: of each map; None: E of all. `candidate_width` C; None: E. `pool`: of finer maps; `fusion`
     "instances" gives Σ of the coarsest grid's places for each scale, "channels" one element a place, of all scales'
-    instances through one more layer. `gate`: a learned factor that begins at 0, in place of a BatchNorm that does.
+    instances through one more layer. `only`: of several maps one
+    alone, by its number. `gate`: a learned factor that begins at 0, in place of a BatchNorm that does.
     `scaled`: logits are divided by √(C/2). `subsample`: keys and values of maps above 14 × 14 are pooled by 2 × 2.
     """
 
@@ -107,6 +111,7 @@ class Asa(SetHead):
         gate: bool = False,
         scaled: bool = False,
         subsample: bool = True,
+        only: int | None = None,
     ):
         super().__init__(in_width, width, global_width)
         check_choice("pool", pool, ("max", "avg"))
@@ -118,7 +123,12 @@ class Asa(SetHead):
                 f"expected widths of {len(self.scales or [(1, 1)])} scales, the largest {in_width}, found {self.widths}; "
                 "give the channels of each map, and the largest as in_width"
             )
-        self.pool, self.fusion = pool, fusion
+        self.pool, self.fusion, self.only = pool, fusion, only
+        if only is not None and not (self.scales is not None and 0 <= only < len(self.scales)):
+            raise InputError(
+                f"expected only to be the number of a map, from 0 to {len(self.scales or ()) - 1}, found {only}; leave it out, "
+                "or take more maps (--backbone.maps)"
+            )
         candidates = candidate_width or in_width
         self.attention = nn.ModuleList(
             SelfAttention(
@@ -129,9 +139,14 @@ class Asa(SetHead):
                 scaled,
                 subsample and scale is not None and scale[0] * scale[1] > 14 * 14,
             )
-            for own_width, scale in zip(self.widths, self.scales or (None,), strict=True)
+            for own_width, scale in self._taken()
         )
-        self.fuse = nn.Linear(len(self.widths) * width, width) if fusion == "channels" else None
+        self.fuse = nn.Linear(len(self.attention) * width, width) if fusion == "channels" else None
+
+    def _taken(self) -> list[tuple[int, Scale | None]]:
+        """Returns width and scale of each map that is taken."""
+        maps: list[tuple[int, Scale | None]] = list(zip(self.widths, self.scales or (None,), strict=True))
+        return maps if self.only is None else [maps[self.only]]
 
     def encode(self, local: Tensor, mask: Tensor | None, global_features: Tensor | None) -> HeadOutput:
         if self.scales is None:
@@ -142,10 +157,10 @@ class Asa(SetHead):
                 f"expected {sum(sizes)} inputs of maps {self.scales}, without a mask, found {local.shape[1]} inputs and "
                 f"{'no' if mask is None else 'a'} mask; give the scales of the backbone's maps, or none"
             )
-        coarsest, maps = self.scales[-1], []
-        for part, own_width, attention, scale in zip(
-            local.split(sizes, 1), self.widths, self.attention, self.scales, strict=True
-        ):
+        parts = local.split(sizes, 1) if self.only is None else local.split(sizes, 1)[self.only : self.only + 1]
+        coarsest, maps = self.scales[-1] if self.only is None else self.scales[self.only], []
+        for part, (own_width, scale), attention in zip(parts, self._taken(), self.attention, strict=True):
+            assert scale is not None
             instances = unit(attention(part[..., :own_width], None, scale))
             maps.append(pool_grid(instances, scale, coarsest, self.pool))
         if self.fuse is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from setclip.errors import InputError
 from setclip.lookup import look_up
 from setclip.models.matching.blocks import score_matrix
-from setclip.models.matching.dhset import DhSetFragment, DhSetRows, HybridOf
+from setclip.models.matching.dhset import DhSetFragment, DhSetRows, HybridOf, StoredRows
 from setclip.models.matching.laps import Laps
 from setclip.models.matching.max_mean import MaxMean
 from setclip.models.matching.scan import Scan
@@ -26,6 +26,7 @@ FRAGMENTS: dict[str, type[SetSimilarity]] = {
     "max_mean": MaxMean,
     "laps": Laps,
     "dhset_fragment": DhSetFragment,
+    "dhset_rows": StoredRows,
 }
 
 MATCHINGS: dict[str, type[SetSimilarity]] = {**SIMILARITIES, **FRAGMENTS}

@@ -144,6 +144,23 @@ class DhSetRows(SetSimilarity):
         return mean_along(of_subspaces, 2, None if text_mask is None else text_mask[None])
 
 
+class StoredRows(DhSetRows):
+    """The same for evaluation, with rows of its own, which a checkpoint fills; options are those of the sub-spaces."""
+
+    def __init__(
+        self,
+        width: int,
+        num_elements: int = 4,
+        num_rows: int = 16,
+        sharpness: float = 50.0,
+        row_activation: Literal["sigmoid", "identity", "softplus"] = "sigmoid",
+        unit_rows: bool = True,
+    ):
+        subspaces = SubSpaces(num_elements, width, num_rows, sharpness, row_activation, unit_rows)
+        super().__init__(subspaces)
+        self.subspaces = subspaces
+
+
 class HybridOf(SetSimilarity):
     """The hybrid scores of another similarity, with which it shares what is learned."""
 

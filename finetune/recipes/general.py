@@ -1,9 +1,5 @@
-"""Named recipes: a plain dict from a name to a configuration, which may depend on the head.
+"""Recipes that are of no paper's row: they hold for any head."""
 
-python -m finetune.run RECIPE --head HEAD
-"""
-
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +7,7 @@ from typing import Any
 from finetune.config import BackboneConfig, FinetuneConfig, WeightsConfig
 from finetune.losses import TripletConfig
 from finetune.optim import FinetuneOptimConfig
-
-Recipe = Callable[[str | None], FinetuneConfig]
-"""Of the head that is asked for; None: the recipe's own"""
+from finetune.recipes.base import Recipe
 
 _LOSSES: dict[str, dict[str, Any]] = {
     # DivE's code: 0.01 each (the slides print 1)
@@ -21,6 +15,11 @@ _LOSSES: dict[str, dict[str, Any]] = {
     "transformer": {"weights": WeightsConfig(mmd=0.01, uniformity=0.01)},
     # PVSE's code
     "pie": {"weights": WeightsConfig(mmd=0.01, gram=0.1), "triplet": TripletConfig(margin=0.1)},
+    # PCME's code, of COCO
+    "pcme": {
+        "weights": WeightsConfig(triplet=0.0, pcme=1.0, gaussian_kl=1e-5),
+        "similarity_options": ("a=15", "b=15"),
+    },
     # reconstructed: the paper's own weights were not to be had
     "dhset": {"weights": WeightsConfig(dhset_diversity=0.1), "triplet": TripletConfig(all_epochs=1.0)},
     "dhset_fragment": {"weights": WeightsConfig(dhset_diversity=0.1), "triplet": TripletConfig(all_epochs=1.0)},
@@ -67,4 +66,4 @@ def photos(head: str | None) -> FinetuneConfig:
     )
 
 
-RECIPES: dict[str, Recipe] = {"plain": plain, "photos": photos}
+GENERAL: dict[str, Recipe] = {"plain": plain, "photos": photos}

@@ -1,0 +1,315 @@
+"""What a page says: gathered from finished units into one JSON file, of which alone the Markdown is made.
+
+    content = gather("sets", experiment, units, command)
+    text = markdown(content)
+
+A row has the seeds that are there, and says how many; what is compared are the seeds that both rows have.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.claims.experiment import Claim, Experiment, Row, Unit
+from benchmarks.claims.judge import Paired, holds_chance, holm, paired, verdict
+from benchmarks.claims.units import candidates_of
+
+FORMAT_VERSION = 1
+
+
+def gather(
+    name: str, experiment: Experiment, units: Sequence[Unit], prepared: Mapping[str, Any], command: str
+) -> dict[str, Any]:
+    """Returns all that a page needs, as JSON.
+
+    `units`: those that are finished (`benchmarks.claims.units.read_units`); `prepared`: what preparing took.
+    """
+    tried = {arm: _tried(experiment, units, arm) for arm in experiment.arms}
+    chosen = {arm: _chosen(experiment, tried[arm]) for arm in experiment.arms}
+    rows = {name: _row(experiment, units, row, chosen[row.arm]) for name, row in experiment.rows.items()}
+    chance: dict[str, float] = {}
+    for unit in units:
+        chance |= unit["chance"]
+    used = [unit for unit in units if unit["arm"] in experiment.arms]
+    of_chosen = [unit for unit in used if chosen[unit["arm"]] == (unit["candidate"],)]
+    drawn = experiment.plot(of_chosen)
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "title": experiment.title,
+        "question": experiment.question,
+        "about": dict(experiment.about),
+        "limits": list(experiment.limits),
+        "command": command,
+        "commits": sorted({unit["provenance"]["commit"] or "unknown" for unit in used}),
+        "seeds_asked": experiment.seeds,
+        "measures": {measure: asdict(each) for measure, each in experiment.measures.items()},
+        "rows": rows,
+        "chance": {measure: chance[measure] for measure in experiment.measures if measure in chance},
+        "claims": _claims(experiment.claims, rows, experiment, chance),
+        "chosen_by": experiment.chosen_by,
+        "tried": {arm: each for arm, each in tried.items() if len(experiment.arms[arm].candidates) > 1},
+        "tables": [asdict(table) for table in experiment.tables(of_chosen)],
+        "plot": None if drawn is None else asdict(drawn),
+        "time": _time(used, prepared),
+    }
+
+
+def _tried(experiment: Experiment, units: Sequence[Unit], arm: str) -> list[dict[str, Any]]:
+    """Returns what was tried of an arm with the first seed."""
+    found = []
+    for number, settings in candidates_of(experiment.arms[arm]):
+        unit = _unit(units, arm, number, 0)
+        held_out = None if unit is None else unit["held_out"].get(experiment.chosen_by)
+        found.append({"candidate": number, "settings": settings, "held_out": held_out, "is_done": unit is not None})
+    return found
+
+
+def _chosen(experiment: Experiment, tried: Sequence[Mapping[str, Any]]) -> tuple[int | None] | None:
+    """Returns (the candidate that held-out data chose,); None where not all were tried yet."""
+    if any(not each["is_done"] for each in tried):
+        return None
+    if len(tried) == 1:
+        return (tried[0]["candidate"],)
+    best = max(each["held_out"] for each in tried)
+    return (next(each["candidate"] for each in tried if each["held_out"] == best),)
+
+
+def _row(experiment: Experiment, units: Sequence[Unit], row: Row, chosen: tuple[int | None] | None) -> dict[str, Any]:
+    arm = experiment.arms[row.arm]
+    own = [] if chosen is None else [u for u in units if u["arm"] == row.arm and u["candidate"] == chosen[0]]
+    own = sorted(own, key=lambda unit: unit["seed"])
+    measures: dict[str, Any] = {}
+    for measure in experiment.measures:
+        values = [unit["values"].get(row.prefix + measure) for unit in own]
+        if values and all(value is not None for value in values):
+            measures[measure] = {
+                **(_spread(values) or {}),
+                "intervals_over_queries": [unit["intervals"].get(row.prefix + measure) for unit in own],
+            }
+    return {
+        "arm": row.arm,
+        "what": arm.what,
+        "is_fixed": arm.is_fixed,
+        "settings": None if chosen is None else own[0]["settings"] if own else None,
+        "seeds": [unit["seed"] for unit in own],
+        "measures": measures,
+        "held_out": _spread([unit["held_out"].get(row.prefix + experiment.chosen_by) for unit in own]),
+        "steps": own[0]["steps"] if own else None,
+        "seconds": [unit["seconds"] for unit in own],
+        "cpu_seconds": [unit["cpu_seconds"] for unit in own],
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    deviation = statistics.stdev(there) if len(there) > 1 else None
+    return {"values": there, "mean": statistics.fmean(there), "deviation": deviation}
+
+
+def _unit(units: Sequence[Unit], arm: str, candidate: int | None, seed: int) -> Unit | None:
+    return next((u for u in units if (u["arm"], u["candidate"], u["seed"]) == (arm, candidate, seed)), None)
+
+
+# --- claims
+
+
+def _claims(
+    claims: Sequence[Claim], rows: Mapping[str, Any], experiment: Experiment, chance: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    found = [_claim(claim, rows, chance.get(claim.measure)) for claim in claims]
+    for each, adjusted in zip(found, holm([each["p_value"] for each in found]), strict=True):
+        each["p_value_holm"] = adjusted
+    return found
+
+
+def _claim(claim: Claim, rows: Mapping[str, Any], chance: float | None) -> dict[str, Any]:
+    sides = []
+    for name in (claim.better, claim.worse):
+        measured = rows[name]["measures"].get(claim.measure, {"values": []})["values"]
+        sides.append((dict(zip(rows[name]["seeds"], measured, strict=False)), rows[name]["is_fixed"]))
+    (better, first_fixed), (worse, second_fixed) = sides
+    if first_fixed and better:
+        better = dict.fromkeys(worse, next(iter(better.values())))
+    if second_fixed and worse:
+        worse = dict.fromkeys(better, next(iter(worse.values())))
+    seeds = sorted(better.keys() & worse.keys())
+    if not seeds:
+        return {**asdict(claim), "seeds": 0, "verdict": "inconclusive", "why": "not run yet", **_nothing()}
+    pairs = [better[seed] for seed in seeds], [worse[seed] for seed in seeds]
+    compared = paired(*pairs)
+    is_chance = any(holds_chance(values, chance) for values in pairs)
+    found = verdict(compared, claim.kind, claim.margin, is_chance)
+    return {**asdict(claim), "seeds": len(seeds), "verdict": found, "why": _why(compared, is_chance), **_of(compared)}
+
+
+def _why(compared: Paired, is_chance: bool) -> str:
+    if is_chance:
+        return "an arm's interval holds chance"
+    return "one seed" if compared.interval_95 is None else ""
+
+
+def _nothing() -> dict[str, Any]:
+    return {"difference": None, "deviation": None, "interval_95": None, "p_value": None}
+
+
+def _of(compared: Paired) -> dict[str, Any]:
+    return {
+        "difference": compared.mean,
+        "deviation": compared.deviation,
+        "interval_95": compared.interval_95,
+        "p_value": compared.p_value,
+    }
+
+
+# --- what it took
+
+
+def _time(used: Sequence[Unit], prepared: Mapping[str, Any]) -> dict[str, Any]:
+    cpu = [unit["cpu_seconds"] for unit in used]
+    return {
+        "runs": len(used),
+        "prepare_cpu_seconds": prepared.get("cpu_seconds"),
+        "notes": list(prepared.get("notes", [])),
+        "cpu_seconds": sum(cpu),
+        "cpu_seconds_a_run": [min(cpu), statistics.median(cpu), max(cpu)] if cpu else None,
+        "seconds_a_run": [function([unit["seconds"] for unit in used]) for function in (min, statistics.median, max)]
+        if used
+        else None,
+    }
+
+
+# --- Markdown
+
+
+def markdown(content: Mapping[str, Any], figure: str | None = None) -> str:
+    """Returns the page. `figure`: name of the SVG beside it."""
+    parts = [f"# {content['title']}", content["question"]]
+    commits = ", ".join(f"`{c[:7]}{c[40:]}`" if len(c) >= 40 else c for c in content["commits"]) or "unknown"
+    made = f"Made by `{content['command']}` at commit {commits}"
+    parts.append(f"{made}; the figures are in [{content['name']}.json]({content['name']}.json).")
+    parts.append("\n".join(f"- **{heading}**: {text}" for heading, text in content["about"].items()))
+    parts.append("## The claims\n\n" + _claims_text(content))
+    parts.append("## The figures\n\n" + _figures_text(content))
+    if figure is not None:
+        parts.append(f"![{content['plot']['title']}]({figure})\n\n{content['plot']['title']}.")
+    parts += [f"## {t['title']}\n\n{t['text']}\n\n{_table(t['header'], t['rows'])}" for t in content["tables"]]
+    if content["tried"]:
+        parts.append("## What was tried\n\n" + _tried_text(content))
+    parts.append("## What this does not say\n\n" + "\n".join(f"- {limit}" for limit in content["limits"]))
+    parts.append("## What it took\n\n" + _time_text(content["time"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _claims_text(content: Mapping[str, Any]) -> str:
+    rows = []
+    for claim in content["claims"]:
+        digits = content["measures"][claim["measure"]]["digits"]
+        difference, interval = "–", "–"
+        if claim["difference"] is not None:
+            difference = f"{claim['difference']:+.{digits}f}"
+        if claim["interval_95"] is not None:
+            interval = " to ".join(f"{bound:+.{digits}f}" for bound in claim["interval_95"])
+        judged = f"**{claim['verdict']}**" + (f" ({claim['why']})" if claim["why"] else "")
+        p = " / ".join("–" if claim[n] is None else f"{claim[n]:.2g}" for n in ("p_value", "p_value_holm"))
+        heading = content["measures"][claim["measure"]]["heading"]
+        rows.append(
+            [claim["text"], claim["source"], f"{heading}: {difference}", interval, p, str(claim["seeds"]), judged]
+        )
+    table = _table(["claim", "source", "difference", "95 % interval", "p / adjusted", "seeds", "here"], rows)
+    margins = {content["measures"][claim["measure"]]["heading"]: claim["margin"] for claim in content["claims"]}
+    margin_text = ", ".join(f"{margin:g} ({heading})" for heading, margin in margins.items())
+    return (
+        f"{table}\n\nDifferences are taken seed by seed; interval and p are of a paired t test over seeds, and the "
+        "adjusted p is for the number of claims (Holm). *Holds here*: the interval lies on the claim's side of 0. "
+        "*Contradicted*: on the other. *No difference seen*: it holds 0 and lies within what would matter, "
+        f"{margin_text}, set before any run; of a claim that two are equal this is what *holds here* means. "
+        "*Inconclusive*: anything else, and where chance explains an arm. With few seeds intervals are wide."
+    )
+
+
+def _figures_text(content: Mapping[str, Any]) -> str:
+    measures = content["measures"]
+    there = [name for name in measures if any(name in row["measures"] for row in content["rows"].values())]
+    rows = []
+    for name, row in content["rows"].items():
+        cells = [_mean_text(row["measures"].get(measure), measures[measure]["digits"]) for measure in there]
+        seeds = "fixed" if row["is_fixed"] else str(len(row["seeds"]))
+        rows.append([name, seeds, *cells, _mean_text(row["held_out"], 1)])
+    if content["chance"]:
+        levels = [f"{content['chance'][measure]:.2g}" if measure in content["chance"] else "" for measure in there]
+        rows.append(["chance", "", *levels, ""])
+    chosen_by = content["chosen_by"]
+    held_out = f"held-out {measures[chosen_by]['heading'] if chosen_by in measures else chosen_by}"
+    table = _table(["arm", "seeds", *(measures[name]["heading"] for name in there), held_out], rows)
+    whats = "\n".join(
+        f"- {name}: " + "; ".join(filter(None, [row["what"], _settings_text(row["settings"] or {}), _steps_text(row)]))
+        for name, row in content["rows"].items()
+    )
+    asked = content["seeds_asked"]
+    short = [n for n, row in content["rows"].items() if not row["is_fixed"] and len(row["seeds"]) < asked]
+    note = f"\n\nNot all of the {asked} seeds are there yet for: {', '.join(short)}." if short else ""
+    return f"Mean ± sample standard deviation over seeds.{_queries_text(content)}\n\n{table}{note}\n\n{whats}"
+
+
+def _queries_text(content: Mapping[str, Any]) -> str:
+    """Says how far another draw of queries moves a figure, which seeds do not tell."""
+    said = []
+    for measure in dict.fromkeys(claim["measure"] for claim in content["claims"]):
+        found = [row["measures"].get(measure, {}).get("intervals_over_queries", []) for row in content["rows"].values()]
+        halves = [(each[1] - each[0]) / 2 for intervals in found for each in intervals if each is not None]
+        if halves:
+            heading, digits = content["measures"][measure]["heading"], content["measures"][measure]["digits"]
+            said.append(f"{heading} by ± {statistics.median(halves):.{digits}f}")
+    if not said:
+        return ""
+    return f" Another draw of as many queries would move one run's {', '.join(said)} (95 %; the median over runs)."
+
+
+def _mean_text(measured: Mapping[str, Any] | None, digits: int) -> str:
+    if measured is None:
+        return ""
+    spread = "" if measured["deviation"] is None else f" ± {measured['deviation']:.{digits}f}"
+    return f"{measured['mean']:.{digits}f}{spread}"
+
+
+def _tried_text(content: Mapping[str, Any]) -> str:
+    rows = []
+    for arm, tried in content["tried"].items():
+        for each in tried:
+            score = "–" if each["held_out"] is None else f"{each['held_out']:.1f}"
+            rows.append([arm, _settings_text(each["settings"]), score])
+    return "With the first seed; the better on held-out data was taken.\n\n" + _table(
+        ["arm", "settings", f"held-out {content['chosen_by']}"], rows
+    )
+
+
+def _steps_text(row: Mapping[str, Any]) -> str:
+    return f"{row['steps']:,} steps" if row["steps"] else ""
+
+
+def _settings_text(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{name} {value}`" for name, value in settings.items() if value is not None)
+
+
+def _time_text(time: Mapping[str, Any]) -> str:
+    if not time["runs"]:
+        return "Nothing has been run yet."
+    low, middle, high = time["cpu_seconds_a_run"]
+    prepared = time["prepare_cpu_seconds"] or 0.0
+    hours = (time["cpu_seconds"] + prepared) / 3600
+    notes = "".join(f" {note}" for note in time["notes"])
+    return (
+        f"{time['runs']} runs of {low:.0f} to {high:.0f} CPU seconds each (median {middle:.0f}; by the clock, on "
+        f"shared cores, {time['seconds_a_run'][0]:.0f} to {time['seconds_a_run'][2]:.0f} s), {prepared / 60:.1f} CPU "
+        f"minutes of preparation: {hours:.2f} core hours in all, so {hours / 2:.2f} hours on two cores. Of a run that "
+        f"was stopped and went on, the last sitting counts. Hours on a GPU were not measured.{notes}"
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

@@ -1,0 +1,98 @@
+"""Runs one of the papers' claims as an experiment: data, training of all arms, evaluation, table, paired test, figure.
+
+    SETCLIP_REAL_DATA=DIR python -m benchmarks.claims sets
+    python -m benchmarks.claims labels --max-hours 0.5      # one sitting; the same command goes on
+    python -m benchmarks.claims sets --table-only True      # the page of what is there
+
+Every run is a file of its own under --out, so an experiment goes on at any point; at the end of each sitting the page
+is written anew: PAGES/NAME.md, .json and .svg. `NAME --help` lists the flags.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.claims import page
+from benchmarks.claims.experiment import Experiment, Options
+from benchmarks.claims.figure import write_figure
+from benchmarks.claims.registry import EXPERIMENTS
+from benchmarks.claims.units import read_units, run_missing
+from pretrain.stopping import run_to_its_end
+from setclip import config as configuration
+from setclip.files import replacing, write_json
+from setclip.log import say
+
+ROOT = Path("runs/claims")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimsConfig:
+    """Runs what an experiment lacks, and writes its page."""
+
+    quick: bool = False
+    """Tiny data and models, under a minute: shows that it runs, and is no evidence. Its page stays in its folder."""
+    out: Path | None = None
+    """Folder of data, runs and results; None: runs/claims/NAME. Runs that are done there are not run again."""
+    pages: Path | None = None
+    """Folder of the page; None: docs/claims, with --quick the folder of --out."""
+    json: Path | None = None
+    """Another file for the page's figures."""
+    seeds: int | None = None
+    """Seeds of each arm; None: the experiment's own."""
+    max_hours: float | None = None
+    """Begin no run that would end after so many hours of this sitting."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    table_only: bool = False
+    """Run nothing; write the page of what is there."""
+
+    def __post_init__(self) -> None:
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, found {self.seeds}")
+        if self.max_hours is not None and self.max_hours <= 0:
+            raise ValueError(f"max_hours must be above 0, found {self.max_hours}")
+
+
+def claims(name: str, config: ClaimsConfig) -> Path:
+    """Runs what is missing of an experiment and writes its page; returns the page."""
+    options = Options(quick=config.quick, device=config.device)
+    experiment = EXPERIMENTS[name](options)
+    out = config.out or ROOT / (f"{name}-quick" if config.quick else name)
+    pages = config.pages or (out if config.quick else Path("docs/claims"))
+    work = out if experiment.units_of is None or config.out else ROOT / (experiment.units_of + out.name[len(name) :])
+    if not config.table_only:
+        seeds = config.seeds or experiment.seeds
+        run_missing(experiment, work, out.parent / "data", options, seeds, config.max_hours)
+    return write_page(name, experiment, work, pages, config)
+
+
+def write_page(name: str, experiment: Experiment, work: Path, pages: Path, config: ClaimsConfig) -> Path:
+    """Writes the page of the runs that are there; returns its place."""
+    path = work / "prepared.json"
+    prepared = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    command = f"python -m benchmarks.claims {name}" + (" --quick True" if config.quick else "")
+    content = page.gather(name, experiment, read_units(work), prepared, command)
+    pages.mkdir(parents=True, exist_ok=True)
+    write_json(pages / f"{name}.json", content)
+    content = json.loads((pages / f"{name}.json").read_text(encoding="utf-8"))
+    figure = None
+    if content["plot"] is not None:
+        figure = f"{name}.svg"
+        write_figure(pages / figure, content["plot"])
+    with replacing(pages / f"{name}.md") as temporary:
+        temporary.write_text(page.markdown(content, figure), encoding="utf-8")
+    if config.json is not None:
+        write_json(config.json, content)
+    for claim in content["claims"]:
+        say(f"{claim['verdict']:20} {claim['text']} ({claim['seeds']} seeds)")
+    say(f"page: {pages / f'{name}.md'}")
+    return pages / f"{name}.md"
+
+
+def main() -> None:
+    """The command."""
+    configs = dict.fromkeys(EXPERIMENTS, ClaimsConfig)
+    name, config = configuration.parse_recipe(configs, sys.argv[1:], __doc__ or "", what="experiment")
+    run_to_its_end(lambda: claims(name, config))

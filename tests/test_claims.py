@@ -1,0 +1,398 @@
+"""The papers' claims as experiments: what is judged, that a killed experiment goes on, and a page that is made of JSON alone."""
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_material import Killed, write_shards
+from scipy import stats
+
+from benchmarks.claims import page
+from benchmarks.claims.appearance import describe_nouns
+from benchmarks.claims.corpus import LABELS, domains, labels
+from benchmarks.claims.experiment import Arm, Claim, Experiment, Found, Measure, Options, Plot, Row, Table
+from benchmarks.claims.figure import write_figure
+from benchmarks.claims.judge import Paired, holds_chance, holm, paired, verdict
+from benchmarks.claims.pretraining import with_settings
+from benchmarks.claims.registry import EXPERIMENTS
+from benchmarks.claims.run import ClaimsConfig, claims, main
+from benchmarks.claims.sets import log_variances
+from benchmarks.claims.units import read_units, run_missing
+from data_prep.plan import Record
+from data_prep.sources.folder import FolderConfig, plan
+from finetune.config import FinetuneConfig
+from finetune.data import open_parts
+from pretrain.config import RECIPES
+from setclip.descriptions import read_descriptions
+from setclip.errors import InputError
+from setclip.models.heads import HeadOutput
+from setclip.shards import Shard, key_of
+
+QUICK = Options(quick=True)
+
+
+# --- judging
+
+
+def test_the_paired_test_is_student_s():
+    first, second = [49.1, 52.3, 50.2, 51.0], [47.0, 51.9, 48.8, 50.1]
+    found, expected = paired(first, second), stats.ttest_rel(first, second)
+    interval = expected.confidence_interval(0.95)
+    assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    assert found.interval_95 == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert (found.count, found.mean) == (4, pytest.approx(1.2))
+    assert found.deviation == pytest.approx(0.7257, abs=1e-4)
+
+
+def test_one_seed_and_equal_differences_give_no_p_value():
+    assert paired([3.0], [2.0]) == Paired(count=1, mean=1.0, deviation=None, interval_95=None, p_value=None)
+    assert paired([3.0, 4.0], [2.0, 3.0]) == Paired(count=2, mean=1.0, deviation=0.0, interval_95=(1, 1), p_value=None)
+
+
+def between(low: float, high: float) -> Paired:
+    return Paired(count=3, mean=(low + high) / 2, deviation=1.0, interval_95=(low, high), p_value=0.5)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind", "expected"),
+    [
+        (0.1, 5.0, "more", "holds here"),
+        (-5.0, -0.1, "more", "contradicted"),
+        (-0.9, 0.8, "more", "no difference seen"),
+        (-0.9, 1.1, "more", "inconclusive"),
+        (-1.1, 0.2, "more", "inconclusive"),
+        (-5.0, -0.1, "less", "holds here"),
+        (0.1, 5.0, "less", "contradicted"),
+        (-0.9, 0.8, "equal", "holds here"),
+        (0.1, 0.8, "equal", "holds here"),
+        (1.1, 5.0, "equal", "contradicted"),
+        (-5.0, -1.1, "equal", "contradicted"),
+        (-0.9, 1.1, "equal", "inconclusive"),
+    ],
+)
+def test_a_verdict_goes_by_where_the_interval_lies(low, high, kind, expected):
+    assert verdict(between(low, high), kind, margin=1.0) == expected
+
+
+def test_one_seed_or_an_arm_that_chance_explains_is_inconclusive():
+    assert verdict(paired([9.0], [1.0]), "more", 1.0) == "inconclusive"
+    assert verdict(between(1, 2), "more", 1.0, is_chance=True) == "inconclusive"
+    assert holds_chance([9.0, 11.0, 10.5], 10.0)
+    assert not holds_chance([29.0, 31.0, 30.5], 10.0)
+    assert holds_chance([19.0], 10.0)
+    assert not holds_chance([21.0], 10.0)
+    assert not holds_chance([1.0], None)
+
+
+def test_p_values_are_adjusted_for_their_number_as_holm_does():
+    assert holm([0.01, None, 0.04, 0.03]) == [pytest.approx(0.03), None, pytest.approx(0.06), pytest.approx(0.06)]
+
+
+# --- running, with arms that are computed at once
+
+
+def experiment_of(calls: list, fails_at: int | None = None) -> Experiment:
+    """Returns an experiment whose runs are noted in `calls`; the run of that number breaks off."""
+
+    def run(prepared: str, settings, seed: int, out: Path) -> Found:
+        assert prepared == "prepared"
+        if len(calls) == fails_at:
+            out.mkdir(parents=True, exist_ok=True)
+            raise Killed
+        calls.append((settings["base"], settings.get("lr"), seed))
+        value = settings["base"] + 0.5 * seed - abs(settings.get("lr", 2.0) - 2.0)
+        return Found(
+            values={"score": value, "sets.score": value + 0.01 * seed, "nothing": None},
+            held_out={"score": value},
+            chance={"score": 1.0},
+            steps=3,
+        )
+
+    def prepare_all(work: Path, shared: Path, options: Options) -> str:
+        calls.append("prepared")
+        return "prepared"
+
+    rates = ({"lr": 1.0}, {"lr": 2.0})
+    return Experiment(
+        title="Scores",
+        question="Which is best?",
+        about={"Data": "none."},
+        limits=["Nothing."],
+        arms={
+            "low": Arm(what="the low one", settings={"base": 10.0}, candidates=rates),
+            "high": Arm(what="the high one", settings={"base": 20.0}),
+            "still": Arm(what="not trained", settings={"base": 5.0}, is_fixed=True),
+        },
+        rows={
+            "low": Row(arm="low"),
+            "high": Row(arm="high"),
+            "high, sets": Row(arm="high", prefix="sets."),
+            "still": Row(arm="still"),
+        },
+        measures={"score": Measure(heading="score"), "nothing": Measure(heading="never there")},
+        claims=[
+            Claim(text="high beats low", source="A", better="high", worse="low", measure="score", margin=1.0),
+            Claim(text="low beats still", source="B", better="low", worse="still", measure="score", margin=1.0),
+            Claim(
+                text="sets are as good",
+                source="C",
+                better="high, sets",
+                worse="high",
+                measure="score",
+                margin=1.0,
+                kind="equal",
+            ),
+        ],
+        chosen_by="score",
+        seeds=3,
+        prepare=prepare_all,
+        run=run,
+        tables=lambda units: [Table(title="More", text="Of all.", header=["a"], rows=[[str(len(units))]])],
+        plot=lambda units: Plot(title="A line", x_label="x", y_label="y", series={"one": [[1, 2], [2, 3]]}),
+    )
+
+
+def run_all(experiment: Experiment, work: Path, **more) -> int:
+    return run_missing(experiment, work, work / "data", QUICK, experiment.seeds, **more)
+
+
+def test_the_candidate_that_held_out_data_choose_is_taken_for_the_other_seeds(tmp_path):
+    calls: list = []
+    assert run_all(experiment_of(calls), tmp_path) == 8
+    assert calls == [
+        "prepared",
+        (10.0, 1.0, 0), (10.0, 2.0, 0), (20.0, None, 0), (5.0, None, 0),
+        (10.0, 2.0, 1), (20.0, None, 1), (10.0, 2.0, 2), (20.0, None, 2),
+    ]  # fmt: skip
+
+
+def test_arms_that_come_last_follow_all_seeds_of_the_others(tmp_path):
+    calls: list = []
+    experiment = experiment_of(calls)
+    arms = {**experiment.arms, "low": replace(experiment.arms["low"], comes_last=True)}
+    run_all(replace(experiment, arms=arms), tmp_path)
+    assert calls[1:] == [
+        (20.0, None, 0), (5.0, None, 0), (20.0, None, 1), (20.0, None, 2),
+        (10.0, 1.0, 0), (10.0, 2.0, 0), (10.0, 2.0, 1), (10.0, 2.0, 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3, 6])
+def test_an_experiment_that_breaks_off_does_only_what_is_missing(tmp_path, fails_at):
+    whole: list = []
+    run_all(experiment_of(whole), tmp_path / "whole")
+    calls: list = []
+    with pytest.raises(Killed):
+        run_all(experiment_of(calls, fails_at=fails_at + 1), tmp_path / "broken")
+    before = len(calls) - 1
+    run_all(experiment_of(calls), tmp_path / "broken")
+    assert before == fails_at
+    assert [call for call in calls if call != "prepared"] == whole[1:]
+    assert run_all(experiment_of(calls), tmp_path / "broken") == 0
+    assert calls[-1] != "prepared"  # nothing is prepared where nothing is missing
+    assert not list((tmp_path / "broken/runs").glob("*"))
+
+
+def test_no_run_is_begun_that_would_end_after_the_hours_of_a_sitting(tmp_path):
+    calls: list = []
+    assert run_all(experiment_of(calls), tmp_path, max_hours=1e-9) == 0
+    assert run_all(experiment_of(calls), tmp_path) == 8
+
+
+def test_runs_of_other_settings_are_refused(tmp_path):
+    run_all(experiment_of([]), tmp_path)
+    other = experiment_of([])
+    changed = replace(other, arms={**other.arms, "high": Arm(what="", settings={"base": 21.0})})
+    with pytest.raises(InputError, match=r"high-seed0.json: expected a run with settings .*21.0.*; remove that file"):
+        run_all(changed, tmp_path)
+
+
+# --- the page
+
+
+def content_of(experiment: Experiment, work: Path) -> dict:
+    return json.loads(json.dumps(page.gather("scores", experiment, read_units(work), {}, "python -m x")))
+
+
+def test_a_page_of_json_alone_has_means_verdicts_and_what_was_tried(tmp_path):
+    experiment = experiment_of([])
+    run_all(experiment, tmp_path)
+    content = content_of(experiment, tmp_path)
+    assert [claim["verdict"] for claim in content["claims"]] == ["holds here"] * 3
+    assert content["claims"][0]["difference"] == pytest.approx(10.0)
+    assert content["rows"]["low"]["settings"] == {"base": 10.0, "lr": 2.0}
+    assert content["rows"]["low"]["held_out"]["values"] == [10.0, 10.5, 11.0]
+    text = page.markdown(content, "scores.svg")
+    assert "| low | 3 | 10.5 ± 0.5 | 10.5 ± 0.5 |" in text  # the second is held out
+    assert "| still | fixed | 5.0 | 5.0 |" in text
+    assert "| low | `base 10.0`, `lr 1.0` | 9.0 |" in text
+    assert "never there" not in text
+    assert "![A line](scores.svg)" in text
+    assert "**holds here**" in text
+    assert "| 7 |" in text  # the units of what was chosen
+
+
+def test_a_page_of_what_is_there_says_how_many_seeds(tmp_path):
+    experiment = experiment_of([])
+    assert "Nothing has been run yet." in page.markdown(content_of(experiment, tmp_path))
+    with pytest.raises(Killed):
+        run_all(experiment_of([], fails_at=7), tmp_path)
+    content = content_of(experiment, tmp_path)
+    assert {name: len(row["seeds"]) for name, row in content["rows"].items()} == {
+        "low": 2, "high": 2, "high, sets": 2, "still": 1,
+    }  # fmt: skip
+    assert content["claims"][0]["seeds"] == 2
+    assert "Not all of the 3 seeds are there yet for: low, high, high, sets." in page.markdown(content)
+
+
+def assert_tables_are_whole(text: str) -> None:
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_a_table_has_as_many_cells_in_each_line(tmp_path):
+    experiment = experiment_of([])
+    run_all(experiment, tmp_path)
+    assert_tables_are_whole(page.markdown(content_of(experiment, tmp_path)))
+
+
+def test_the_same_figure_is_the_same_file(tmp_path):
+    plot = {"title": "t", "x_label": "x", "y_label": "y", "is_bars": False, "log_x": True}
+    for name in ("a", "b"):
+        write_figure(tmp_path / f"{name}.svg", {**plot, "series": {"one": [[256, 1, 0.1], [512, 2, 0.2]]}})
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    write_figure(tmp_path / "bars.svg", {**plot, "is_bars": True, "series": {"one": [[0, 1, 0.1]]}})
+    assert ">one<" in (tmp_path / "bars.svg").read_text()
+
+
+# --- the experiments
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_every_claim_of_an_experiment_is_about_its_rows_and_measures(name, is_quick):
+    experiment = EXPERIMENTS[name](Options(quick=is_quick))
+    assert {row.arm for row in experiment.rows.values()} == set(experiment.arms)
+    for claim in experiment.claims:
+        assert {claim.better, claim.worse} <= set(experiment.rows)
+        assert claim.measure in experiment.measures
+    if not is_quick:
+        assert experiment.claims
+        assert experiment.seeds >= 3
+    assert "Nothing has been run yet." in page.markdown(page.gather(name, experiment, [], {}, "x"))
+
+
+def test_the_arms_of_labels_are_losses_with_their_controls():
+    config = RECIPES["tiny"]()
+    losses = {name: with_settings(config, arm.settings, 0, Path("x")).loss for name, arm in LABELS.items()}
+    for beta in (0.1, 0.2, 0.5):
+        assert losses[f"budget {beta}"].beta == losses[f"smoothing {beta}"].smoothing == beta
+    assert losses["weighted"].weights == "frequency"
+    texts = [
+        with_settings(config, arm.settings, 0, Path("x")).text for arm in domains(Options(quick=False)).arms.values()
+    ]
+    assert [(text.prompt, text.description) for text in texts] == [(0, 0), (0.25, 0), (0, 0.25), (0.25, 0.25)]
+    assert len(labels(QUICK).arms) == 2
+
+
+def test_descriptions_tell_colours_and_shape_of_the_drawings(tmp_path):
+    texts = read_descriptions(describe_nouns(tmp_path, 300)).texts
+    assert len(texts) == 300
+    assert texts["tomato"].startswith("it is red")
+    assert "green" in texts["cactus"]
+    assert "taller than wide" in texts["candle"]
+    assert "wider than tall" in texts["whale"]
+    assert len(set(texts.values())) > 150
+
+
+def test_held_out_pictures_of_a_preparation_are_those_that_fine_tuning_holds_out(tmp_path):
+    write_shards(tmp_path / "whole", {"train": 30})
+    (tmp_path / "images").mkdir()
+    lines = []
+    for number, sample in enumerate(Shard(tmp_path / "whole/train-00000.tar")):
+        (tmp_path / f"images/{number}.jpg").write_bytes(sample.image)
+        lines.append(json.dumps({"file_name": f"{number}.jpg", "captions": sample.captions}))
+    (tmp_path / "captions.jsonl").write_text(
+        "\n".join([*lines, json.dumps({"file_name": "no.jpg", "caption": "none"})])
+    )
+    config = FolderConfig(
+        out=tmp_path / "out", images=tmp_path / "images", captions=tmp_path / "captions.jsonl", hold_out=8
+    )
+    keys: dict[str, list[str]] = {"val": [], "train": []}
+    for unit in plan(config).units:
+        keys[unit.split] += [key_of(record.image)[0] for record in unit.read() if isinstance(record, Record)]
+    parts = open_parts(FinetuneConfig(data=tmp_path / "whole", hold_out=8, test_split="none"))
+    assert len(keys["val"]) == 8
+    assert sorted(keys["val"]) == sorted(parts.val.data.keys)
+    assert sorted(keys["train"]) == sorted(parts.train.data.keys)
+    with pytest.raises(InputError, match=r"found --hold-out 30 of 30"):
+        plan(replace(config, hold_out=30))
+    with pytest.raises(ValueError, match="give the other samples another --split"):
+        replace(config, split="val")
+
+
+class Heads(torch.nn.Module):
+    """Sets whose variance is known."""
+
+    def __init__(self, sets, mask=None):
+        super().__init__()
+        self.sets, self.mask, self.some = sets, mask, torch.nn.Parameter(torch.zeros(1))
+
+    def images(self, features):
+        return HeadOutput(self.sets, self.mask)
+
+    texts = images
+
+
+class Store:
+    def __len__(self):
+        return 2
+
+    def of(self, rows, device):
+        return None
+
+
+class Inputs:
+    images = texts = Store()
+
+
+def test_the_log_variance_is_that_of_the_elements_that_are_there():
+    opposite = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [9.0, 9.0]]] * 2)
+    mask = torch.tensor([[True, True, False]] * 2)
+    assert log_variances(Heads(opposite, mask), Inputs()) == {"image": pytest.approx(0.0), "text": pytest.approx(0.0)}
+    assert log_variances(Heads(opposite[:, :1]), Inputs()) == {"image": None, "text": None}
+    same = torch.ones(2, 2, 2)
+    assert log_variances(Heads(same), Inputs()) == {"image": None, "text": None}
+
+
+@pytest.mark.slow  # 12 s: pretrains, computes features, trains four heads twice
+def test_the_quick_way_of_sets_goes_from_data_to_page(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "sets"
+    monkeypatch.setattr(
+        "sys.argv", ["claims", "sets", "--quick", "True", "--out", str(out), "--json", str(tmp_path / "x.json")]
+    )
+    main()
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert {name: len(row["seeds"]) for name, row in content["rows"].items()} == {
+        "pretrained": 1, "mean": 2, "slot, smooth-Chamfer": 2, "dhset, hybrid": 2, "dhset, set": 2,
+    }  # fmt: skip
+    slot = content["rows"]["slot, smooth-Chamfer"]["measures"]
+    assert {"rsum", "i2t_r1", "log_var_image", "log_var_text"} <= slot.keys()
+    assert len(content["tables"]) == 2
+    assert content["commits"]
+    assert "RANK" not in os.environ
+    units = sorted((out / "units").glob("*.json"))
+    before = {path: path.read_bytes() for path in units}
+    units[0].unlink()  # of dhset, seed 0
+    capsys.readouterr()
+    text = claims("sets", ClaimsConfig(quick=True, out=out)).read_text()
+    assert "## DH-Set: time of set and hybrid inference" in text
+    assert_tables_are_whole(text)
+    assert {path: path.read_bytes() for path in units[1:]} == {path: before[path] for path in units[1:]}
+    again, first = (json.loads(data) for data in (units[0].read_bytes(), before[units[0]]))
+    assert again["values"] == first["values"]  # the same features, the same seed: the same run
+    assert "features of" not in capsys.readouterr().out
