@@ -7,19 +7,23 @@ goes first; each other one goes on from what the first has made, in a folder of 
 unless a line of it says so: <!-- commands run after docs/data.md -->. So many run at a time as --jobs says.
 
 Commands that train are shortened by flags put behind them (SHORTER). Each command is printed with its seconds; one that
-fails ends it all. A block that names $SETCLIP_REAL_DATA is left out, said so, where that is not set.
+fails, or takes longer than _LONGEST, ends it all. A block that names $SETCLIP_REAL_DATA, or what is made of it (photos), is
+left out, said so, where that is not set.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +36,10 @@ SHORTER = {
 }
 """How a command begins, and the flags behind it that keep it short; the last of equal flags wins."""
 
+_STARTED: list[int] = []
 _AFTER = re.compile(r"^<!-- commands run after (\S+) -->$", re.MULTILINE)
+_LONGEST = 1200  # seconds of a command
+_OF_PHOTOS = re.compile(r"\$SETCLIP_REAL_DATA|\bphotos\b")
 _BLOCK = re.compile(r"^```(bash|python) run\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -78,7 +85,15 @@ def run(language: str, command: str, folder: Path, environment: dict[str, str]) 
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe would wait for servers in the background
-        status = subprocess.run(arguments, cwd=folder, env=environment, stdout=output, stderr=output).returncode
+        process = subprocess.Popen(
+            arguments, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        _STARTED.append(process.pid)
+        try:
+            status = process.wait(_LONGEST)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
         output.seek(0)
         said = output.read()
     return f"{typed}\n{said}({time.monotonic() - start:.1f} s)\n", status
@@ -89,7 +104,7 @@ def run_documents(documents: list[Path], folder: Path, environment: dict[str, st
     count = 0
     for document in documents:
         for language, block in blocks(document):
-            if "$SETCLIP_REAL_DATA" in block and "SETCLIP_REAL_DATA" not in environment:
+            if _OF_PHOTOS.search(block) and "SETCLIP_REAL_DATA" not in environment:
                 say(f"{document}: left out, because SETCLIP_REAL_DATA is not set:\n{block}")
                 continue
             for command in commands(language, block):
@@ -97,9 +112,18 @@ def run_documents(documents: list[Path], folder: Path, environment: dict[str, st
                 say(f"{document}: {said}")
                 if status:
                     say(f"error: status {status} of a command in {document}: {command}")
-                    os._exit(1)  # the others too
+                    end_all(folder.parent)
                 count += 1
     return count
+
+
+def end_all(scratch: Path) -> NoReturn:
+    """Ends the program, with all that runs, servers in the background included, and removes the scratch folder."""
+    for group in _STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)
 
 
 def say(text: str) -> None:
@@ -127,8 +151,11 @@ def main() -> None:
             return run_documents(chain, own, environment)
 
         Path(scratch, "first").mkdir()
-        count = run_documents(first, Path(scratch, "first"), dict(os.environ))
-        count += sum(pool.map(run_chain, others))
+        try:
+            count = run_documents(first, Path(scratch, "first"), dict(os.environ))
+            count += sum(pool.map(run_chain, others))
+        except KeyboardInterrupt:  # what runs has a session of its own
+            end_all(Path(scratch))
     if not count:
         sys.exit(f"error: expected blocks marked `bash run` in {given.documents}, found none")
     say(f"{count} commands of {', '.join(map(str, given.documents))} in {time.monotonic() - start:.0f} s")

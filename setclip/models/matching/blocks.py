@@ -6,8 +6,10 @@ from torch import Tensor
 
 from setclip.similarity import GridSimilarity, SetSimilarity, VectorSimilarity, similarity_matrix
 
-_PAIRS = 2**24
-"""Most pairs of elements in a block of fragment matching: 64 MB a tensor, of which a few exist at a time."""
+_PAIRS = {"cpu": 2**18}
+_PAIRS_ELSEWHERE = 2**24
+"""Most pairs of elements in a block of fragment matching, of which a few tensors exist at a time: 1 MB each stays in a CPU's
+cache (half the time of 64 MB), a GPU wants large ones."""
 
 
 def score_matrix(
@@ -25,5 +27,6 @@ def score_matrix(
     pass makes each block again.
     """
     if block_size is None and not isinstance(similarity, GridSimilarity | VectorSimilarity):
-        block_size = max(1, math.isqrt(_PAIRS // max(1, image_sets.shape[1] * text_sets.shape[1])))
+        pairs = _PAIRS.get(image_sets.device.type, _PAIRS_ELSEWHERE)
+        block_size = max(1, math.isqrt(pairs // max(1, image_sets.shape[1] * text_sets.shape[1])))
     return similarity_matrix(similarity, image_sets, text_sets, image_mask, text_mask, block_size)
