@@ -3,6 +3,7 @@ they look, which words they take, and what sub-spaces share.
 
     python -m eval_suite.diagnostics scenes                                  # under $SETCLIP_DATA, newest run
     python -m eval_suite.diagnostics --data SHARDS --split dev --checkpoint RUN --words dog "traffic light"
+    python -m eval_suite.diagnostics flickr30k --regions DIR --checkpoint RUN       # of a model on features of regions
     python -m eval_suite.diagnostics --data SHARDS --embeddings DIR          # of eval_suite.embed, also sets
     python -m eval_suite.diagnostics --data SHARDS --checkpoint RUN --pictures 12   # of finetune.run: pictures of its head
 
@@ -37,6 +38,7 @@ from eval_suite.images import ShardImages, image_batches
 from eval_suite.modality_gap import ModalityGap, central_vectors, modality_gap
 from eval_suite.model import model_to_evaluate
 from eval_suite.preprocess import model_pictures
+from eval_suite.regions import CAPTIONS_OF_PICTURE, RegionBatches, RegionSplit, check_width, open_regions, usual_split
 from eval_suite.results import Metric, Results, default_out, markdown_table
 from eval_suite.retrieval_data import open_retrieval, retrieval_place
 from eval_suite.scores import MakeScore
@@ -232,6 +234,10 @@ class DiagnosticsConfig:
     """Data set: scenes, flickr30k, coco, cub, or any folder of shards under $SETCLIP_DATA."""
     data: Path | None = None
     """Folder of shards elsewhere."""
+    regions: Path | None = None
+    """Folder of region features in SCAN's layout, of a model that was fine-tuned on such."""
+    region_captions: int = CAPTIONS_OF_PICTURE
+    """Captions of each picture in --regions; of flickr30k and coco five anyway."""
     split: str | None = None
     """Default: test, dev or val, whichever is there first."""
     checkpoint: str | None = None
@@ -271,14 +277,28 @@ class DiagnosticsConfig:
                 f"expected --checkpoint or --embeddings, found both ({self.checkpoint}; {self.embeddings}); embeddings "
                 "know which model made them"
             )
+        if self.regions is not None and (self.data is not None or self.embeddings is not None):
+            raise ValueError(
+                f"expected --regions, --data or --embeddings, found more than one beside {self.regions}; leave the others out"
+            )
+        if self.region_captions < 1:
+            raise ValueError(f"region_captions must be at least 1, found {self.region_captions}")
         if self.pictures < 0:
             raise ValueError(f"expected pictures of at least 0, found {self.pictures}; 0 draws none")
 
 
 def evaluate(config: DiagnosticsConfig) -> tuple[Results, Diagnostics]:
     """Does what the command does but for writing. Raises InputError before the model is loaded where data are wrong."""
-    name, place = retrieval_place(config.name, config.data)
-    split, shards, data, _, is_partial = open_retrieval(config.name, place, config.split, allow_partial=True)
+    regions: RegionSplit | None = None
+    shards: list[Shard] = []
+    if config.regions is not None:
+        place = config.regions
+        name, split = config.name or place.resolve().name, config.split or usual_split(place)
+        regions = open_regions(place, split, config.name, True, config.region_captions)
+        data, is_partial = regions.data, regions.is_partial
+    else:
+        name, place = retrieval_place(config.name, config.data)
+        split, shards, data, _, is_partial = open_retrieval(config.name, place, config.split, allow_partial=True)
     words = config.words or _words_of(shards, config.parser, config.num_words)
     if not words:
         warn(f"no captions parsed by {config.parser!r} at {place}, so no words are chosen: name some with --words")
@@ -301,17 +321,24 @@ def evaluate(config: DiagnosticsConfig) -> tuple[Results, Diagnostics]:
         identity = loaded.identity
         similarity = FeatureSimilarity(config.similarity, options, identity)
         start = time.monotonic()
-        images = ShardImages(shards, model_pictures(loaded))
+        images: ShardImages | None = None
+        if regions is not None:
+            check_width(loaded, regions.regions)
+        else:
+            images = ShardImages(shards, model_pictures(loaded))
         encoders = encode_functions(loaded)
         if config.similarity is not None:  # what is asked for and cannot be is told before all is encoded
             encode_image, encode_text = encoders
-            first = image_batches(images, 1, 0)[0]
+            first = _batches(images, regions, 1, 0)[0]
             with torch.no_grad():
                 sides = (encode_image(first), encode_text([data.captions[0][0]]))
             check_similarity(similarity, *(each.float().cpu() for each in sides))
-        batches = image_batches(images, config.batch_size, config.workers)
+        batches = _batches(images, regions, config.batch_size, config.workers)
         found = diagnose(*encoders, batches, data.captions, words, similarity, config.top, config.threshold)
-        if isinstance(loaded.model, SetModel):
+        if images is None:
+            why = "Where elements look, their words and sub-spaces: they are told of models of pictures alone."
+            found = replace(found, missing=[*found.missing, why])
+        elif isinstance(loaded.model, SetModel):
             head = diagnose_head(loaded, images, data.captions, config.pictures, config.scale)
             variance = dict(found.variance)
             if head.text_variance is not None:
@@ -342,6 +369,15 @@ def evaluate(config: DiagnosticsConfig) -> tuple[Results, Diagnostics]:
         seconds=round(time.monotonic() - start, 3),
     )
     return results, found
+
+
+def _batches(
+    images: ShardImages | None, regions: RegionSplit | None, batch_size: int, workers: int | None
+) -> Sequence[Tensor]:
+    if regions is not None:
+        return RegionBatches(regions.regions, batch_size)
+    assert images is not None
+    return image_batches(images, batch_size, workers)
 
 
 def _words_of(shards: Sequence[Shard], parser: str, num: int) -> list[str]:

@@ -95,6 +95,6 @@ def model_pictures(loaded: LoadedModel) -> Transform:
     if loaded.takes_regions:
         raise InputError(
             f"expected a model that takes pictures, found {loaded.identity.get('where')}, which takes features of regions; "
-            "evaluate it with `python -m eval_suite.retrieval --regions DIR --split test`"
+            "evaluate it with `python -m eval_suite.retrieval --regions DIR --split test` (diagnostics has --regions too)"
         )
     return resizer_for(loaded).make(loaded.image_size)

@@ -2,7 +2,7 @@
 
     DIR/train_ims.npy     (pictures, regions, width) floats, as (29000, 36, 2048); dev, test and testall often hold each picture's
                           row once for each caption
-    DIR/train_caps.txt    a caption a line, those of one picture together (5)
+    DIR/train_caps.txt    a caption a line, those of one picture together (5, or as many as is said)
     DIR/train_ids.txt     an id a line, of each picture or of each caption; need not be there
 
 Arrays are read from the file as they are wanted, never as a whole. Used by retrieval, and by finetune, which trains on them.
@@ -35,7 +35,7 @@ IMAGES: dict[str, dict[str, tuple[int, ...]]] = {
     "flickr30k": {"train": (29_000,), "dev": (1_014,), "test": (1_000,)},
     "coco": {"train": (113_287,), "dev": (5_000, 1_000), "test": (1_000, 5_000), "testall": (5_000,)},
 }
-"""Pictures of the splits in the releases; `dev` and `test` of COCO are there whole and cut"""
+"""Pictures of the splits in the releases, `val` as `dev`; `dev` and `test` of COCO are there whole and cut"""
 _MAGIC = b"\x93NUMPY"
 _COMPARED = 32  # pictures whose rows are compared with one another
 _SPLITS = ("train", "dev", "val", "test", "testall")
@@ -71,6 +71,11 @@ class Regions:
                 f"{self.path}, row {row}: expected finite features, found NaN or infinite ones; make the file anew"
             )
         return torch.from_numpy(values)
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the pictures' keys are ids of a file, not their places."""
+        return self.path.with_name(self.path.name.removesuffix("_ims.npy") + "_ids.txt").exists()
 
     def take(self, pictures: Sequence[int]) -> "Regions":
         """Returns those of some pictures alone."""
@@ -120,10 +125,17 @@ def usual_split(place: Path) -> str:
     return next((name for name in ("testall", "test", "dev", "val") if name in splits_of(place)), "test")
 
 
-def open_regions(place: Path, split: str, dataset: str | None = None, allow_partial: bool = False) -> RegionSplit:
+def open_regions(
+    place: Path,
+    split: str,
+    dataset: str | None = None,
+    allow_partial: bool = False,
+    captions_of_picture: int = CAPTIONS_OF_PICTURE,
+) -> RegionSplit:
     """Opens one split, within seconds. Raises InputError that names what is missing or does not fit.
 
-    `dataset`: flickr30k or coco, whose counts are checked; None or another: whatever is there.
+    `dataset`: flickr30k or coco, whose counts are checked; None or another: as many pictures as are there, each with
+    `captions_of_picture` captions.
     """
     if not place.is_dir() or not splits_of(place):
         have = "a folder without *_ims.npy" if place.is_dir() else "no such folder"
@@ -132,7 +144,8 @@ def open_regions(place: Path, split: str, dataset: str | None = None, allow_part
         )
     array = _open_array(place, split)
     captions = _lines(place, split, "caps", "captions")
-    each, repeats = _layout(place, split, array, len(captions), CAPTIONS_OF_PICTURE if dataset in IMAGES else None)
+    wanted = CAPTIONS_OF_PICTURE if dataset in IMAGES else captions_of_picture
+    each, repeats = _layout(place, split, array, len(captions), wanted)
     number = len(captions) // each
     rows = np.arange(number, dtype=np.int64) * repeats
     keys, ids = _keys(place, split, number, each)
@@ -143,7 +156,7 @@ def open_regions(place: Path, split: str, dataset: str | None = None, allow_part
         caption_ids=[None] * number,
         class_ids=[None] * number,
     )
-    expected = IMAGES.get(dataset or "", {}).get(split, ())
+    expected = IMAGES.get(dataset or "", {}).get("dev" if split == "val" else split, ())
     is_partial = bool(expected) and number not in expected
     if is_partial and not allow_partial:
         raise InputError(
@@ -214,24 +227,24 @@ def _lines(place: Path, split: str, name: str, what: str) -> list[str]:
     return lines
 
 
-def _layout(place: Path, split: str, array: np.ndarray, captions: int, each: int | None) -> tuple[int, int]:
+def _layout(place: Path, split: str, array: np.ndarray, captions: int, each: int) -> tuple[int, int]:
     """Returns (captions of each picture, rows of the array of each)."""
     rows = len(array)
     path = place / f"{split}_ims.npy"
     if captions % rows:
         raise InputError(
-            f"expected {CAPTIONS_OF_PICTURE} captions a picture ({rows * CAPTIONS_OF_PICTURE:,} of {rows:,} rows of {path}, or "
-            f"{rows:,} where each picture is there {CAPTIONS_OF_PICTURE} times), found {captions:,} in {split}_caps.txt; take "
-            "the two files of one release"
+            f"expected {each} captions a picture ({rows * each:,} of {rows:,} rows of {path}, or {rows:,} where each picture is "
+            f"there {each} times), found {captions:,} in {split}_caps.txt; take the two files of one release"
         )
     repeats = 1
     if captions == rows:
         repeats = _repeats(array, path)
     found = captions // rows * repeats
-    if each is not None and found != each:
+    if found != each:
         raise InputError(
             f"expected {each} captions of each picture, found {captions:,} captions in {split}_caps.txt for {rows:,} rows of "
-            f"{path}, of which {repeats} in a row are equal: {found} a picture; take the two files of one release"
+            f"{path}, of which {repeats} in a row are equal: {found} a picture; take the two files of one release, or say "
+            "how many captions a picture of other data has (--region-captions)"
         )
     return found, repeats
 
@@ -270,8 +283,14 @@ def _keys(place: Path, split: str, number: int, each: int) -> tuple[list[str], l
     lines = _lines(place, split, "ids", "ids")
     if len(lines) == number * each and each > 1:
         # a release may number captions of a picture: 123#0, 123#1, …
-        groups = [{line.split("#")[0] for line in lines[i : i + each]} for i in range(0, len(lines), each)]
-        lines = [next(iter(group)) for group in groups if len(group) == 1]
+        groups = [sorted({line.split("#")[0] for line in lines[i : i + each]}) for i in range(0, len(lines), each)]
+        for picture, group in enumerate(groups):
+            if len(group) > 1:
+                raise InputError(
+                    f"expected one id for the {each} captions of each picture in {path}, found {' and '.join(group[:2])} of "
+                    f"picture {picture} (from line {picture * each + 1}); take the files of one release"
+                )
+        lines = [group[0] for group in groups]
     if len(lines) != number:
         raise InputError(
             f"expected an id of each of {number:,} pictures or of each of {number * each:,} captions in {path}, found "

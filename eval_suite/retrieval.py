@@ -4,6 +4,7 @@
     python -m eval_suite.retrieval coco --checkpoint RUN                     # 5K, 1K in folds, ECCV Caption, CxC
     python -m eval_suite.retrieval --data SHARDS --split dev --checkpoint RUN --out FILE
     python -m eval_suite.retrieval flickr30k --embeddings DIR --similarity smooth_chamfer   # of eval_suite.embed, also sets
+    python -m eval_suite.retrieval --checkpoint runs/ft                      # the data that a fine-tuned run reports on
     torchrun --nproc_per_node 8 -m eval_suite.retrieval coco                 # all ranks share; srun does the same
 
 R@1/5/10 both ways, median rank and RSUM, beside chance, with 95 % intervals and under each rule for equal scores; which
@@ -15,7 +16,7 @@ on its way.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,18 +31,26 @@ from eval_suite.feature_similarity import FeatureSimilarity, scores_of, similari
 from eval_suite.gallery import gallery
 from eval_suite.images import ShardImages, image_batches
 from eval_suite.judgements import Direction
-from eval_suite.model import model_to_evaluate
+from eval_suite.model import RUNS_DIR, model_to_evaluate
 from eval_suite.per_query import per_query_path, save_per_query
 from eval_suite.preprocess import model_pictures
 from eval_suite.protocols import HEADLINE_RULE, PROTOCOLS, Protocol, ProtocolOutcome, Queries, Setting, whole_gallery
 from eval_suite.ranks import Ranks
-from eval_suite.regions import RegionBatches, RegionSplit, check_width, open_regions, usual_split
+from eval_suite.regions import (
+    CAPTIONS_OF_PICTURE,
+    RegionBatches,
+    RegionSplit,
+    check_width,
+    open_regions,
+    usual_split,
+)
 from eval_suite.relevance import RightAnswers
 from eval_suite.results import Metric, Results, default_out, markdown_table
 from eval_suite.retrieval_data import RetrievalData, open_retrieval, read_captions, retrieval_place
 from eval_suite.scores import FEW_SCORES, MakeScore, Score, dot_scores, remembered
 from eval_suite.sharing import ALONE, join, together
 from setclip import distributed
+from setclip.checkpoint import CHECKPOINTS_FOLDER, CHOSEN_NAME
 from setclip.config import command, parse, to_dict
 from setclip.distributed import World
 from setclip.errors import InputError
@@ -55,6 +64,9 @@ __all__ = ["RetrievalConfig", "RetrievalOutcome", "evaluate", "read_captions", "
 
 KEPT_SCORES = 2**27
 """Scores that a command keeps (512 MB), so that protocols do not compute them anew: enough for COCO's 5,000 × 25,000."""
+
+_RUN_RESULTS = "results.json"  # of finetune.run, in its folder
+_HELD_OUT = "held-out"  # what finetune.data calls the pictures that it takes out of a split
 
 
 @dataclass(frozen=True)
@@ -126,11 +138,14 @@ class RetrievalConfig:
     """What is evaluated, on what, and where the results go."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """Data set: scenes, flickr30k, coco, cub, or any folder of shards under $SETCLIP_DATA."""
+    """Data set: scenes, flickr30k, coco, cub, or any folder of shards under $SETCLIP_DATA. Default, where neither --data nor
+    --regions is given: what the fine-tuned run of --checkpoint reports on."""
     data: Path | None = None
     """Folder of shards elsewhere; with a name, of that data set."""
     regions: Path | None = None
     """Folder of region features in SCAN's layout, of a model that was fine-tuned on such."""
+    region_captions: int = CAPTIONS_OF_PICTURE
+    """Captions of each picture in --regions; of flickr30k and coco five anyway."""
     split: str | None = None
     """Default: test, dev or val, whichever is there first."""
     checkpoint: str | None = None
@@ -166,8 +181,9 @@ class RetrievalConfig:
     """How long a rank waits for the others."""
 
     def __post_init__(self) -> None:
-        if self.resamples < 1:
-            raise ValueError(f"resamples must be at least 1, found {self.resamples}")
+        for name in ("resamples", "region_captions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.checkpoint is not None and self.embeddings is not None:
             raise ValueError(
                 f"expected --checkpoint or --embeddings, found both ({self.checkpoint}; {self.embeddings}); embeddings "
@@ -203,11 +219,12 @@ def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
     `world`: who shares the work; by default nobody.
     """
     with together(world):
+        config = _with_data_of_run(config)
         regions: RegionSplit | None = None
         shards: list[Shard] = []
         if config.regions is not None:
             split = config.split or usual_split(config.regions)
-            regions = open_regions(config.regions, split, config.name, config.allow_partial)
+            regions = open_regions(config.regions, split, config.name, config.allow_partial, config.region_captions)
             name, place = config.name or config.regions.resolve().name, config.regions
             data, usual, is_partial = regions.data, regions.protocols, regions.is_partial
         else:
@@ -297,6 +314,31 @@ def evaluate(config: RetrievalConfig, world: World = ALONE) -> Evaluated:
         "is_partial": is_partial,
     }
     return Evaluated(results, pictures, data.keys, {each: of.queries for each, of in found.items()}, about)
+
+
+def _with_data_of_run(config: RetrievalConfig) -> RetrievalConfig:
+    """Returns the settings with the data that the results of a fine-tuned run are of, where no data are named."""
+    if config.checkpoint is None or any((config.name, config.data, config.regions, config.embeddings)):
+        return config
+    places = (Path(config.checkpoint), RUNS_DIR / config.checkpoint)
+    run = next((place for place in places if (place / CHECKPOINTS_FOLDER / CHOSEN_NAME).is_dir()), None)
+    if run is None:
+        return config
+    path = run / _RUN_RESULTS
+    told = Results.load(path)
+    place, split = Path(told.dataset["place"]), told.dataset["split"]
+    if split == _HELD_OUT:
+        raise InputError(
+            f"expected a run that reports on a split, found that {path} is of pictures held out of its training data at {place}; "
+            "these are its figures; name other data, as --data DIR"
+        )
+    say(f"data: {place}, {split}, on which {run} reports")
+    own = told.config
+    which: dict[str, Any] = {"data": place}
+    if own.get("regions"):
+        which = {"regions": place, "region_captions": own.get("region_captions", CAPTIONS_OF_PICTURE)}
+    is_partial = config.allow_partial or own["allow_partial"]
+    return replace(config, name=own["dataset"], split=config.split or split, allow_partial=is_partial, **which)
 
 
 def _marked(

@@ -150,13 +150,15 @@ class FinetuneConfig:
     """A fine-tuning run."""
 
     head: str = "slot"
-    """slot, transformer, pie, dhset, dhset_fragment, asa, laps, gpo, mean, max, or single (docs/heads.md)."""
+    """slot, transformer, pie, pcme, dhset, dhset_fragment, asa, scan, laps, gpo, mean, max, or single (docs/heads.md)."""
     model: str | None = None
     """The pretrained model: a run, a run's name, a checkpoint folder, or an open_clip NAME:TAG. None: the newest run."""
     data: Path | None = None
     """Folder of shards to train on; None: the data set of --dataset under $SETCLIP_DATA (data/)."""
     regions: Path | None = None
     """Folder of region features in SCAN's layout (train_ims.npy, train_caps.txt, dev_…, test_…), for --backbone.image regions."""
+    region_captions: int = 5
+    """Captions of each picture in --regions; of flickr30k and coco five anyway."""
     dataset: str | None = None
     """flickr30k, coco or cub, whose counts are checked, or any folder under $SETCLIP_DATA."""
     split: str = "train"
@@ -255,6 +257,8 @@ class FinetuneConfig:
         for name in ("width", "batch_size", "captions_per_image", "accumulate", "log_every_steps", "keep", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.region_captions < 1:
+            raise ValueError(f"region_captions must be at least 1, found {self.region_captions}")
         for name in ("epochs", "eval_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")

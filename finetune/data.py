@@ -97,15 +97,31 @@ def open_parts(config: FinetuneConfig) -> Parts:
         val = _open_val(config, place)
     test = _open_test(config, place, val)
     for what, part in (("validation", val), ("test", test)):
-        shared = set(train.data.keys) & set(part.data.keys) if part is not None else ()
-        if shared:
+        if part is not None and (shared := _shared(train, part)):
             warn(f"{len(shared):,} pictures are both in the training and in the {what} data (first: {min(shared)})")
-    if test is not None and (shared := set(val.data.keys) & set(test.data.keys)):
+    if test is not None and (shared := _shared(val, test)):
         raise InputError(
             f"expected test data apart from the validation data, which chooses the checkpoint, found {len(shared):,} pictures "
             f"in both (first: {min(shared)}); give other splits, or --test-split none"
         )
     return Parts(train, val, test, manifest)
+
+
+def _shared(one: Part, other: Part) -> set[str]:
+    """Returns the keys, in `other`, of pictures that are in both parts.
+
+    Those of regions without ids are told by their captions: their keys are places in a file.
+    """
+    keys = set(one.data.keys)
+    if one.regions is None or other.regions is None:
+        return keys & set(other.data.keys)
+    have_ids = one.regions.has_ids and other.regions.has_ids
+    captions = set(map(tuple, one.data.captions))
+    return {
+        key
+        for key, texts in zip(other.data.keys, other.data.captions, strict=True)
+        if (have_ids and key in keys) or tuple(texts) in captions
+    }
 
 
 def _place(config: FinetuneConfig) -> Path:
@@ -125,7 +141,7 @@ def _open_regions(config: FinetuneConfig, place: Path, split: str) -> tuple[Regi
             f"expected shards or region features to train on, found both --data {config.data} and --regions {config.regions}; "
             "leave one out"
         )
-    found = open_regions(place, split, config.dataset, config.allow_partial)
+    found = open_regions(place, split, config.dataset, config.allow_partial, config.region_captions)
     chosen = {name: PROTOCOLS[name] for name in found.protocols}
     name = config.dataset or place.name
     return found, Part(name, place, split, found.data, [], chosen, found.is_partial, found.regions)

@@ -26,7 +26,7 @@ from finetune.data import Part, open_parts
 from finetune.evaluate import results_of_score, score_with
 from finetune.features import PartInputs
 from finetune.recipes import ROWS
-from finetune.recipes.comparison import TABLE_NAME, write_comparison
+from finetune.recipes.comparison import RESULTS_NAME, TABLE_NAME, write_comparison
 from setclip import config as configuration
 from setclip.checkpoint import LoadedModel, find_checkpoint, load_model
 from setclip.distributed import World
@@ -35,9 +35,6 @@ from setclip.files import replacing
 from setclip.log import say
 from setclip.lookup import look_up
 from setclip.models.set_model import SetModel
-
-CONFIG_NAME = "config.yaml"
-RESULTS_NAME = "results.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,18 +140,19 @@ def runs_of(folders: Sequence[Path]) -> list[Path]:
 
 def seeds_of(folder: Path) -> list[Path]:
     """Returns the runs of a run of several seeds, in the order of their seeds; none of an ordinary run."""
-    if (folder / CONFIG_NAME).exists():
+    if (folder / configuration.CONFIG_NAME).exists():
         return []
-    found = [path for path in folder.glob("seed-*") if (path / CONFIG_NAME).exists()]
+    found = [path for path in folder.glob("seed-*") if (path / configuration.CONFIG_NAME).exists()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("seed-")))
 
 
 def open_run(folder: Path, device: torch.device | str = "cpu") -> Member:
     """Returns a run of finetune.run. Raises InputError where it is none, or has no checkpoint."""
-    path = folder / CONFIG_NAME
+    path = folder / configuration.CONFIG_NAME
     if not path.exists():
         raise InputError(
-            f"expected a run of finetune.run at {folder}, found no {CONFIG_NAME} there; give the folder that --out named"
+            f"expected a run of finetune.run at {folder}, found no {configuration.CONFIG_NAME} there; give the folder that --out "
+            "named"
         )
     config: FinetuneConfig = configuration.parse(FinetuneConfig, ["--config", str(path)])
     loaded = load_model(find_checkpoint(folder), device)

@@ -33,10 +33,13 @@ def check_micro_batches(number: int, local_batch_size: int, model: SetModel) -> 
             f"expected --accumulate to divide the {local_batch_size} pictures of a rank's step, found {number}; take "
             f"{math.gcd(number, local_batch_size)}, or another --batch-size"
         )
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.pair.modules()):
+    norms = [n for n, module in model.pair.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        is_projection = model.settings.projection is not None and all(n.startswith("image.norm.") for n in norms)
+        what, found = ("projection", model.settings.projection) if is_projection else ("head", model.settings.name)
         raise InputError(
-            f"expected a head without batch norm for --accumulate {number}, found {model.settings.name}, whose "
-            "statistics would be those of micro-batches; take more ranks, which share them, or a smaller batch"
+            f"expected a {what} without batch norm for --accumulate {number}, found {found}, whose statistics would be "
+            "those of micro-batches; take more ranks, which share them, or a smaller batch"
         )
 
 

@@ -114,7 +114,9 @@ def towers_of_run(member: Member, where: str | None) -> tuple[LoadedModel, dict[
     own = {name.removeprefix(_CLIP): v.detach().cpu().clone() for name, v in backbone.state_dict().items()}
     tuned = {name: value.reshape(original[name].shape) for name, value in own.items() if name in original}
     if tuned.keys() != original.keys() or any(own[name].numel() != value.numel() for name, value in original.items()):
-        raise InputError(f"expected the model that {member.folder} began with, found another one at {begun}")
+        raise InputError(
+            f"expected the model that {member.folder} began with, found another one at {begun}; name it with --original"
+        )
     if all(torch.equal(tuned[name], original[name]) for name in original):
         raise InputError(
             f"expected a run whose towers learnt, found those of {member.folder} as they were at {begun}: there is nothing "

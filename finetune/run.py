@@ -31,7 +31,7 @@ from finetune.features import PartInputs
 from finetune.recipes import RECIPES, ROWS
 from finetune.recipes.comparison import write_comparison
 from finetune.towers import check_towers, towers_of
-from finetune.training import Run, Start, Training, check_ranks, course_of, start_of
+from finetune.training import Run, Start, Training, check_ended, check_ranks, course_of, start_of
 from pretrain.bad_steps import NAME, RollBack
 from pretrain.resume import TrainState
 from pretrain.stopping import StopRequest, run_to_its_end
@@ -55,6 +55,7 @@ from setclip.models.heads import HEADS
 from setclip.models.set_model import SetModel
 
 RESULTS_NAME = "results.json"
+_SAME = ("split", "images", "captions_sha256")  # of the data of results over which there is a mean
 
 
 def finetune(recipe: str, config: FinetuneConfig, kept: dict[str, PartInputs] | None = None) -> Path:
@@ -93,12 +94,13 @@ def finetune(recipe: str, config: FinetuneConfig, kept: dict[str, PartInputs] | 
     for seed in range(config.seed, config.seed + config.seeds):
         folder = out if config.seeds == 1 else out / f"seed-{seed}"
         own = replace(config, seed=seed, seeds=1, out=folder)
-        if config.seeds > 1 and (folder / RESULTS_NAME).exists() and config.resume:
+        run = Run(recipe, own, folder, parts, source, begin.backbone, begin.weights, kept)
+        if config.seeds > 1 and config.resume and _is_done(run):
             say(f"seed {seed} is done: {folder / RESULTS_NAME}")
         else:
             if config.seeds > 1:
                 say(f"\nseed {seed}:")
-            _one(Run(recipe, own, folder, parts, source, begin.backbone, begin.weights, kept), world)
+            _one(run, world)
         results.append(folder)
     if world.rank == 0 and config.seeds > 1:
         write_json(out / RESULTS_NAME, over_seeds(results))
@@ -112,11 +114,12 @@ def finetune(recipe: str, config: FinetuneConfig, kept: dict[str, PartInputs] | 
 def _one(run: Run, world: World) -> None:
     """Trains with one seed, and writes the results of the checkpoint that validation chose."""
     config = run.config
+    start = start_of(run, world) if config.resume else _anew(run)  # raises before anything of another run is changed
     if world.rank == 0:
         run.out.mkdir(parents=True, exist_ok=True)
         configuration.save(run.out / "config.yaml", replace(config, resume=False, overwrite=False))
+        remove(run.out / RESULTS_NAME)  # which say that it has ended
     distributed.broadcast(None)
-    start = start_of(run, world) if config.resume else _anew(run)
     with StopRequest() as request:
         training = _trained(run, start, world, request)
     _report(run, training, world)
@@ -141,6 +144,16 @@ def _trained(run: Run, start: Start, world: World, request: StopRequest) -> Trai
     raise AssertionError("a run ends or raises")
 
 
+def _is_done(run: Run) -> bool:
+    """Whether the run folder has results of the data that are asked for. Raises InputError where they are of another run."""
+    path = run.out / RESULTS_NAME
+    if not path.exists():
+        return False
+    check_ended(run)
+    told, part = Results.load(path).dataset, run.parts.test or run.parts.val
+    return (told["split"], told["captions_sha256"]) == (part.split, part.data.captions_sha256)
+
+
 def _anew(run: Run) -> Start:
     return Start(TrainState(0, 0, {}, course_of(run), applied_steps=0, left_out=()))
 
@@ -162,10 +175,10 @@ def _report(run: Run, training: Training, world: World) -> None:
             is_main = inference == model.inference
             if world.rank == 0:
                 found.save(results_path(run.out, part.split, inference, is_main))
-                if is_main:
-                    found.save(run.out / RESULTS_NAME)  # the last is of the test data, where there are some
             if is_main:
                 tables.append(found)
+    if world.rank == 0:
+        tables[-1].save(run.out / RESULTS_NAME)  # of the test data, where there are some; its presence means "done"
     for found in tables:
         say(f"\n{markdown_table([found])}".rstrip())
     if world.rank == 0 and run.recipe in ROWS:
@@ -206,9 +219,22 @@ def _announce(config: FinetuneConfig, parts: Parts, world: World) -> None:
 
 
 def over_seeds(folders: Sequence[Path]) -> dict[str, Any]:
-    """Returns mean and standard deviation (n − 1) of the results of runs that differ in the seed alone."""
+    """Returns mean and standard deviation (n − 1) of the results of runs that differ in the seed alone.
+
+    Raises InputError where they are of different data.
+    """
     found = [Results.load(folder / RESULTS_NAME) for folder in folders]
     first = found[0]
+    for folder, result in zip(folders, found, strict=True):
+        differing = [name for name in _SAME if result.dataset.get(name) != first.dataset.get(name)]
+        if differing:
+            told = "; ".join(
+                f"{name} {first.dataset.get(name)!r} and {result.dataset.get(name)!r}" for name in differing
+            )
+            raise InputError(
+                f"expected results of one split of the same data in {folders[0]} and {folder}, found {told}; fine-tune all seeds "
+                "on the same data, in a folder of their own"
+            )
     metrics = {}
     for name in first.metrics:
         values = [result.metrics[name].value for result in found]

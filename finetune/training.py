@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from finetune.step import StepBatch, StepModule, loss_numbers, terms_of
 from pretrain.bad_steps import BadSteps
 from pretrain.checkpoints import checkpoint_to_resume
 from pretrain.losses import Moment
-from pretrain.resume import TrainState, read_average, read_state, write_state
+from pretrain.resume import TrainState, read_average, read_state, read_train_state, write_state
 from pretrain.stopping import Stopped, StopRequest
 from pretrain.trackers import Tracker, open_trackers
 from pretrain.watchdog import Watchdog
@@ -51,6 +51,7 @@ from setclip import config as configuration
 from setclip import distributed
 from setclip.checkpoint import (
     CHECKPOINTS_FOLDER,
+    CHECKSUMS_NAME,
     CHOSEN_NAME,
     LoadedModel,
     checkpoint_name,
@@ -90,6 +91,14 @@ class Run:
     """Those of the backbone's that all seeds begin with (`finetune.towers`)"""
     kept: dict[str, PartInputs]
     """Inputs of the parts with towers as they begin, "train", "val" and "test"; made where they are first needed"""
+    source_sha256: str | None = field(init=False)
+    """Checksum of the pretrained model's weights as the run begins; None of what is no checkpoint folder of ours"""
+
+    def __post_init__(self) -> None:
+        path = Path(str(self.source.identity.get("where"))) / CHECKSUMS_NAME
+        self.source_sha256 = None
+        if path.exists():
+            self.source_sha256 = json.loads(path.read_text(encoding="utf-8")).get(weights_path(path.parent).name)
 
     @property
     def settings(self) -> HeadSettings:
@@ -116,7 +125,7 @@ class Start:
 
 
 def course_of(run: Run) -> dict[str, Any]:
-    """Returns the settings that fix the course of a run; the others (ranks, caches, logging) are free."""
+    """Returns the settings that fix the course of a run; others (ranks, logging, caches of what does not vary) are free."""
     tree = configuration.to_dict(run.config)
     names = (
         *("split", "hold_out", "width", "batch_size", "captions_per_image", "epochs", "augment", "seed", "precision"),
@@ -125,9 +134,11 @@ def course_of(run: Run) -> dict[str, Any]:
     )
     own = tree["backbone"]
     backbone = {name: own[name] for name in ("freeze", "unfreeze_epoch", "lr_factor")}
-    for name in ("image_lr_factor", "text_lr_factor", "image_weights", "text_weights", "glove"):
-        if own[name] not in (None, "pretrained"):
+    for name in ("image_lr_factor", "text_lr_factor", "image_weights", "text_weights", "glove", "resize"):
+        if own[name] not in (None, "pretrained", "own"):
             backbone[name] = own[name]
+    if run.config.augment.kind != "none" and run.config.backbone.frozen_at(0.0)[0]:
+        backbone["cache_gb"] = own["cache_gb"]  # pictures whose features are kept are not varied
     return {
         **{name: tree[name] for name in names},
         "model": {"backbone": _shortened(run.backbone), "head": asdict(run.settings)},
@@ -154,9 +165,32 @@ def start_of(run: Run, world: World, left_out: tuple[int, ...] = ()) -> Start:
     folder = checkpoint_to_resume(run.out, world)
     if folder is None:
         return Start(TrainState(0, 0, {}, course, applied_steps=0, left_out=left_out))
+    _check_source(run, folder)
     state, weights, moments = read_state(folder, course)
     left_out = tuple(sorted({*left_out, *state.left_out}))
     return Start(replace(state, course=course, left_out=left_out), folder, weights, moments, read_average(folder))
+
+
+def check_ended(run: Run) -> None:
+    """Raises InputError where the run in the run folder, which has ended, was another one than this, naming each difference."""
+    found = checkpoints_of(run.out)
+    if not found:
+        raise InputError(
+            f"expected the last checkpoint of the run that has ended in {run.out}, which tells its settings, found none; put it "
+            "back, or remove the folder"
+        )
+    _check_source(run, found[-1])
+    read_train_state(found[-1], course_of(run))
+
+
+def _check_source(run: Run, folder: Path) -> None:
+    """Raises InputError where the pretrained model has other weights by now than those that a checkpoint's run began with."""
+    began, now = read_description(folder).get("from", {}).get("sha256"), run.source_sha256
+    if began is not None and now is not None and began != now:
+        raise InputError(
+            f"the run in {run.out} began with weights of {run.source.identity['where']} (SHA-256 {began[:16]}) that are others "
+            f"by now ({now[:16]}): it was trained anew. Fine-tune it anew too, with --overwrite True or in another --out"
+        )
 
 
 def make_accelerator(config: FinetuneConfig, world: World) -> Accelerator:
@@ -590,14 +624,15 @@ class Training:
 
 def describe_checkpoint(run: Run, model: SetModel) -> dict[str, Any]:
     """Returns what setclip_config.json says of a checkpoint, "step" aside."""
-    config = run.config
+    config, sha256 = run.config, run.source_sha256
+    source = {name: run.source.identity[name] for name in ("where", "model", "step") if name in run.source.identity}
     return {
         "recipe": run.recipe,
         "model": f"{run.source.identity.get('model', 'a model')}, head {config.head}",
         "head": config.head,
         "inference": model.inference,
         "similarity": model.similarity_of_features(),
-        "from": {name: run.source.identity[name] for name in ("where", "model", "step") if name in run.source.identity},
+        "from": source | ({"sha256": sha256} if sha256 else {}),
         "seed": config.seed,
         "data": run.parts.manifest.identity(),
         "chosen_on": {

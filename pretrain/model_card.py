@@ -19,7 +19,6 @@ from setclip.errors import InputError
 from setclip.log import say, warn
 from setclip.metric_text import metric_words
 
-CONFIG_NAME = "config.yaml"
 _PLACES = ("out", "resume", "change", "overwrite")  # say where and how a command was typed, not what was trained
 
 
@@ -55,7 +54,7 @@ class CardFacts:
 
 def settings_of(run: Path) -> dict[str, Any] | None:
     """Returns the resolved settings of a run folder; None where it is no run folder."""
-    path = run / CONFIG_NAME
+    path = run / configuration.CONFIG_NAME
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
@@ -248,7 +247,7 @@ def _training(facts: CardFacts) -> str:
 
 def _differences(recipe: str | None, settings: Mapping[str, Any] | None) -> str:
     if settings is None or recipe is None:
-        return f"The run's settings ({CONFIG_NAME}) were not beside the checkpoint, so they are not told here."
+        return f"The run's settings ({configuration.CONFIG_NAME}) were not beside the checkpoint, so they are not told here."
     differing = differing_settings(recipe, settings)
     if differing is None:
         return f"The recipe `{recipe}` is not among this version's, so what differs from it is not told here."

@@ -26,7 +26,6 @@ from setclip.checkpoint import checkpoints_of, read_description
 from setclip.errors import InputError
 
 RUNS_DIR = Path("runs")
-CONFIG_NAME = "config.yaml"
 _SILENT_SECONDS = 600.0  # a run that says nothing for so long, and for five of its intervals, is not going on
 _MOST_NAMES = 20
 _NOT_SETTINGS = ("out", "overwrite", "resume", "change")
@@ -169,7 +168,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         skips=sorted(skips, key=lambda entry: entry["step"]),
         bad_steps=read_lines(bad) if bad.exists() else [],
         sessions=sessions,
-        settings=_settings_of(folder / CONFIG_NAME),
+        settings=_settings_of(folder / configuration.CONFIG_NAME),
         description=read_description(checkpoints[-1]) if checkpoints else {},
         files=sorted((folder / HANG_FOLDER).glob("rank-*.txt")),
         retrieved=read_retrieved(folder),

@@ -74,7 +74,13 @@ def read_average(folder: Path) -> dict[str, Tensor] | None:
 def read_state(
     folder: Path, course: Mapping[str, Any], may_change: bool = False
 ) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
-    """Returns (state, weights, moments); the state has the course with which the run was going until then.
+    """Returns (state, weights, moments); the state is that of `read_train_state`, which also says what is raised."""
+    state = read_train_state(folder, course, may_change)
+    return state, load_file(folder / WEIGHTS_NAME), load_file(folder / OPTIMIZER_NAME)
+
+
+def read_train_state(folder: Path, course: Mapping[str, Any], may_change: bool = False) -> TrainState:
+    """Returns where a run stands, with the course with which it was going until then.
 
     Raises InputError where the run was another one, naming each difference; with `may_change` those in CHANGEABLE are let pass.
     """
@@ -104,4 +110,4 @@ def read_state(
             f"the run in {run} was started with other settings: {told}. Resume it with its own (--config "
             f"{run / 'config.yaml'}){how}, or start a new run in another --out"
         )
-    return state, load_file(folder / WEIGHTS_NAME), load_file(folder / OPTIMIZER_NAME)
+    return state

@@ -22,6 +22,9 @@ from setclip.lookup import look_up
 
 T = TypeVar("T")
 
+CONFIG_NAME = "config.yaml"
+"""Of a run's settings in its folder"""
+
 # A full disk and the like: what a user mends, not we.
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 

@@ -29,4 +29,9 @@ def held_out(keys: Sequence[str], number: int) -> set[int]:
         if len(rows) >= number:
             break
         rows |= set(by_key[key])
+    if len(rows) == len(keys):
+        raise InputError(
+            f"expected pictures left to train on, found that --hold-out {number} takes all {len(keys):,}, which are "
+            f"{len(by_key):,} different ones that go as a whole; lower it"
+        )
     return rows

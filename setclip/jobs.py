@@ -5,7 +5,8 @@
 
 Whether a stage is done is told by its files, whether it waits or runs by squeue, and how it fares by its log and metrics.jsonl.
 slurm/pipeline.sh keeps the chain in slurm/logs: chain-NAME.tsv (stage, the place that it makes) and chain-NAME.jobs (stage,
-job id; the last line of a stage counts), and asks here, with --plain True, what is left to submit.
+job id; the last line of a stage counts), and asks here, with --plain True, what is left to submit (with --plan, of a chain
+that it has not written there).
 """
 
 import json
@@ -24,7 +25,7 @@ import yaml
 from setclip.config import command, parse
 from setclip.errors import InputError
 from setclip.log import duration, say
-from setclip.manifest import MANIFEST_NAME, WORK_NAME
+from setclip.manifest import MANIFEST_NAME, PARSING_NAME, WORK_NAME
 
 _TAIL_BYTES = 200_000  # of a log, in which its last progress and error are looked for
 _PROGRESS = re.compile(
@@ -33,8 +34,10 @@ _PROGRESS = re.compile(
 )
 _ENDED = re.compile(r"^=== ended with status (\d+)")
 _BEGUN = re.compile(r"^=== \S+, job \S+, attempt (\d+)")
+_PART = re.compile(r"^part \d+ of (\d+) is done; ")
 _ERROR = re.compile(r"^(?:error: |[\w.]*(?:Error|Exception): |slurmstepd: error: |srun: error: )")
 _RATES = 50  # lines of a fine-tuning's metrics over which its rate is taken
+_ARRAYS = ("parse_llm", "describe")  # whose merge makes the files that show that they are done
 _LATE = {"DependencyNeverSatisfied"}  # jobs with this reason are in the queue for a moment only
 
 
@@ -46,6 +49,8 @@ class JobsConfig:
     """The chain, as pipeline.sh was given it; None: all."""
     logs: Path = Path("slurm/logs")
     """Folder of chains and logs."""
+    plan: Path | None = None
+    """Stages of the chain, in place of those of chain-NAME.tsv."""
     plain: bool = False
     """One line a stage for scripts: stage, state, job ids, separated by tabs."""
 
@@ -76,15 +81,18 @@ class QueuedTask:
     reason: str
 
 
-def states_of(name: str, logs: Path, queue: Sequence[QueuedTask]) -> list[StageState]:
-    """Returns the state of each stage of a chain, in its order. Raises InputError where there is no such chain."""
+def states_of(name: str, logs: Path, queue: Sequence[QueuedTask], plan: Path | None = None) -> list[StageState]:
+    """Returns the state of each stage of a chain, or of a `plan` for it, in its order.
+
+    Raises InputError where there is no such chain.
+    """
     path = logs / f"chain-{name}.tsv"
-    if not path.exists():
+    if plan is None and not path.exists():
         known = ", ".join(sorted(each.stem.removeprefix("chain-") for each in logs.glob("chain-*.tsv"))) or "none"
         raise InputError(f"expected a chain {name} at {path}, found {known}; submit it: slurm/pipeline.sh {name}")
     submitted = path.with_suffix(".jobs")
     jobs = dict(_columns(submitted)) if submitted.exists() else {}
-    return [_state_of(stage, Path(place), jobs.get(stage, ""), logs, queue) for stage, place in _columns(path)]
+    return [_state_of(stage, Path(place), jobs.get(stage, ""), logs, queue) for stage, place in _columns(plan or path)]
 
 
 def read_queue() -> list[QueuedTask]:
@@ -111,14 +119,19 @@ def _fetched(place: Path) -> bool:
 
 
 def _packed(place: Path) -> bool:
-    if (place / MANIFEST_NAME).exists():
+    if _has_manifest(place):
         return True
     done, total = _units(place)
     return total > 0 and done == total
 
 
 def _merged(place: Path) -> bool:
-    return (place / MANIFEST_NAME).exists() and not (place / WORK_NAME).exists()
+    return _has_manifest(place) and not (place / WORK_NAME).exists()
+
+
+def _has_manifest(place: Path) -> bool:
+    """Whether shards have their manifest, or what stands in for it while a merge of objects rewrites them."""
+    return (place / MANIFEST_NAME).exists() or (place / PARSING_NAME).exists()
 
 
 def _parsed(place: Path) -> bool:
@@ -136,15 +149,27 @@ def _trained(place: Path) -> bool:
 
 
 def _finetuned(place: Path) -> bool:
-    """Whether the results are there and newer than the newest checkpoint: they are written last."""
-    results, checkpoints = place / "results.json", sorted(place.glob("checkpoints/step-*"))
-    return results.exists() and (not checkpoints or results.stat().st_mtime >= checkpoints[-1].stat().st_mtime)
+    """Whether the results are there, which are written last, and newer than all that they come from."""
+    return _is_newest(place / "results.json", place)
 
 
 def _evaluated(place: Path) -> bool:
-    """Whether the results are there and newer than the newest checkpoint of the run in whose `results` they lie."""
-    checkpoints = sorted(place.parents[1].glob("checkpoints/step-*"))
-    return place.exists() and (not checkpoints or place.stat().st_mtime >= checkpoints[-1].stat().st_mtime)
+    """Whether the results are there, and newer than all that the run in whose `results` they lie comes from."""
+    return _is_newest(place, place.parents[1])
+
+
+def _is_newest(results: Path, run: Path) -> bool:
+    """Whether results are there and none older than the newest checkpoints of their run and of the pretrained one behind it."""
+    if not results.exists():
+        return False
+    runs = [run, *run.glob("seed-*")]
+    for each in list(runs):
+        chosen = each / "checkpoints/chosen/setclip_config.json"
+        if chosen.exists():
+            source = json.loads(chosen.read_text(encoding="utf-8")).get("from", {}).get("where", "")
+            runs += [folder.parent for folder in Path(source).parents if folder.name == "checkpoints"]
+    newest = [sorted(each.glob("checkpoints/step-*"))[-1:] for each in runs]
+    return all(results.stat().st_mtime >= path.stat().st_mtime for paths in newest for path in paths)
 
 
 _DONE: Mapping[str, Callable[[Path], bool]] = {
@@ -173,7 +198,7 @@ def _state_of(stage: str, place: Path, job: str, logs: Path, queue: Sequence[Que
         state = "running"
     elif mine:
         state = "waiting"
-    elif is_done(stage, place):
+    elif is_done(stage, place) or (stage in _ARRAYS and _is_answered(place, tails)):
         return StageState(stage, place, "done", job)
     elif not job:
         return StageState(stage, place, "not submitted")
@@ -193,6 +218,17 @@ def _state_of(stage: str, place: Path, job: str, logs: Path, queue: Sequence[Que
         progress = "; ".join(filter(None, [progress, f"attempt {attempt}"]))
     errors = [line for lines in tails.values() if _status_of(lines) != 0 for line in _errors_of(lines)[-1:]]
     return StageState(stage, place, state, job, progress, rate, left, errors[-1] if errors else error)
+
+
+def _is_answered(place: Path, tails: Mapping[Path, Sequence[str]]) -> bool:
+    """Whether all tasks of an array have ended well, by their logs, and the shards are no newer: a merge is what is left."""
+    told = [int(match[1]) for lines in tails.values() for match in map(_PART.match, lines) if match]
+    if len(tails) < max(told, default=1) or any(_status_of(lines) != 0 for lines in tails.values()):
+        return False
+    path = place / MANIFEST_NAME
+    if not path.exists():
+        return (place / PARSING_NAME).exists()
+    return min(file.stat().st_mtime for file in tails) >= path.stat().st_mtime
 
 
 def _progress_of(stage: str, place: Path, tails: Any) -> tuple[str, str, str]:
@@ -326,7 +362,7 @@ def main() -> None:
         raise InputError(f"expected chains in {config.logs}, found none; submit one: slurm/pipeline.sh cc12m")
     queue = read_queue()
     for name in names:
-        states = states_of(name, config.logs, queue)
+        states = states_of(name, config.logs, queue, config.plan)
         if config.plain:
             for each in states:
                 say(f"{each.stage}\t{each.state}\t{each.job}")

@@ -4,8 +4,8 @@
 
 One process a node. Each looks at its own node (GPUs, free disk, shards) and tells the first node what it has; the first one
 compares commit, source code, libraries and manifest, and all end alike: status 0, or 2 with the nodes and reasons. Behind
-`--` stand the flags of the command that follows, of which --data.shards, --data.split (pretraining), --data, --val, --test
-(fine-tuning), --dataset, --out and --config are heeded. Started by slurm/common.sh.
+`--` stand the flags of the command that follows, of which --data.shards, --data.split (pretraining), --data, --val, --test,
+--regions (fine-tuning), --dataset, --out and --config are heeded. Started by slurm/common.sh.
 """
 
 import ctypes
@@ -55,6 +55,8 @@ class PreflightConfig:
     """Which of them; None: all."""
     others: tuple[str, ...] = ()
     """Folders of shards that are read too, but not trained on."""
+    folders: tuple[str, ...] = ()
+    """Folders of something else than shards (features of regions), which must be there."""
     out: Path | None = None
     """Folder that will be written; a run in it must have been trained on these shards."""
     is_anew: bool = False
@@ -113,7 +115,7 @@ def look_at_node(config: PreflightConfig, node: str) -> NodeFacts:
     """Returns what this node has, and what is wrong with it."""
     faults: list[str] = []
     manifest = ""
-    for check in (_gpu_faults, _disk_faults):
+    for check in (_gpu_faults, _disk_faults, _folder_faults):
         faults += check(config)
     try:
         places = config.shards or ((str(_place_of(config.dataset)),) if config.dataset else ())
@@ -180,13 +182,20 @@ def with_command(config: PreflightConfig, words: Sequence[str]) -> PreflightConf
     folders = {name: said[name] for name in ("data", "val", "test") if said.get(name, "None") != "None"}
     shards = words_of(words, "data.shards") or ([folders.pop("data")] if "data" in folders else [])
     dataset = said.get("dataset", "None")
-    if shards:
+    others: tuple[str, ...] = (*config.others, *folders.values())
+    regions: tuple[str, ...] = ()
+    if said.get("regions", "None") != "None":
+        # --val and --test are such folders too then, and --dataset is a name of counts
+        regions, others = (said["regions"], *folders.values()), config.others
+        config = replace(config, dataset=None, shards=())
+    elif shards:
         config = replace(config, shards=tuple(shards))
     elif dataset != "None":
         config = replace(config, dataset=dataset)
     return replace(
         config,
-        others=(*config.others, *folders.values()),
+        others=others,
+        folders=(*config.folders, *regions),
         is_anew=config.is_anew or said.get("overwrite", "False") != "False",
         split=said.get("data.split", config.split),
         out=Path(said["out"]) if "out" in said else config.out,
@@ -258,6 +267,14 @@ def _disk_faults(config: PreflightConfig) -> list[str]:
     return faults
 
 
+def _folder_faults(config: PreflightConfig) -> list[str]:
+    return [
+        f"expected a folder at {folder}, found {'a file' if Path(folder).exists() else 'none'}; mount it, or name another"
+        for folder in config.folders
+        if not Path(folder).is_dir()
+    ]
+
+
 def _shard_faults(folder: Path, config: PreflightConfig) -> list[str]:
     """Returns which shards are not there as the manifest says, or cannot be read."""
     manifest = Manifest.load(folder)
@@ -306,9 +323,10 @@ def _size_fault(folder: Path, info: ShardInfo) -> str:
 
 
 def _data_of_run(out: Path) -> str | None:
-    """Returns the digest of the data that the newest checkpoint of a run was trained on."""
-    for path in sorted(out.glob("checkpoints/step-*/setclip_config.json"), reverse=True):
-        return json.loads(path.read_text(encoding="utf-8")).get("data", {}).get("digest")
+    """Returns the digest of the data that the newest checkpoint of a run, or of one of its seeds, was trained on."""
+    for pattern in ("checkpoints", "seed-*/checkpoints"):
+        for path in sorted(out.glob(f"{pattern}/step-*/setclip_config.json"), reverse=True):
+            return json.loads(path.read_text(encoding="utf-8")).get("data", {}).get("digest")
     return None
 
 

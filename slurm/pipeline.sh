@@ -13,6 +13,7 @@ export SETCLIP_HOME
 cd "$SETCLIP_HOME"
 # shellcheck source=slurm/site.env
 source "${SETCLIP_SITE:-slurm/site.env}"
+: "${LOGIN_PYTHON:=$PYTHON}"
 
 name=${1:-} dry='' wrong=''
 (($# == 0)) || shift
@@ -55,6 +56,11 @@ stages+=(pretrain)
 
 declare -A tuning_data=() # stage: the flag that names its data
 tuned=()                  # evaluations of what was fine-tuned, as those of EVALUATIONS
+is_of_held_out() { # Whether a fine-tuning may report on pictures that it holds out, which are no split to evaluate again
+    local said=" ${FINETUNE_ARGS:-} "
+    said=${said//=/ } said=${said//_/-}
+    [[ $said == *" --hold-out "[1-9]* && ($said != *" --test"* || $said == *" --test-split none "*) ]]
+}
 read -r -a words <<<"$FINETUNE_DATA"
 for word in ${words[@]+"${words[@]}"}; do
     folder=${word%/} flag=--data
@@ -71,14 +77,26 @@ for word in ${words[@]+"${words[@]}"}; do
     stages+=("$stage")
     tuning_data[$stage]="$flag $word"
     # Several seeds make several models, which the run itself evaluates.
-    [[ ${FINETUNE_ARGS:-} == *--seeds* ]] || tuned+=("$stage")
+    [[ ${FINETUNE_ARGS:-} == *--seeds* ]] && continue
+    if is_of_held_out; then
+        printf '%-28s left out: with --hold-out its figures are those of %s/results.json\n' \
+            "evaluate:finetuned-${folder##*/}" "$run-${folder##*/}"
+        continue
+    fi
+    tuned+=("$stage")
 done
 IFS=';' read -r -a evaluations <<<"$EVALUATIONS"
 results=()
 for words in ${evaluations[@]+"${evaluations[@]}"}; do
     read -r -a words <<<"$words"
     ((${#words[@]})) || continue
-    stages+=("evaluate:${words[0]}${words[1]:+-${words[1]}}")
+    stage=evaluate:${words[0]}${words[1]:+-${words[1]}}
+    if [[ " ${stages[*]} " == *" $stage "* ]]; then
+        echo "error: expected evaluations with different names, found two named ${stage#*:}: $EVALUATIONS; leave one out, or do it" \
+            "by hand with another --out" >&2
+        exit 2
+    fi
+    stages+=("$stage")
     results+=("$run/results/${words[0]}${words[1]:+-${words[1]}}.json")
 done
 for stage in ${tuned[@]+"${tuned[@]}"}; do
@@ -88,6 +106,11 @@ tuned_run() { # STAGE: of a fine-tuning, or of its evaluation
     local of=${1#*:}
     echo "$run-${of#finetuned-}"
 }
+plan=$chain.tsv
+if [[ $dry ]]; then # the chain that was submitted stays what is shown
+    plan=$(mktemp)
+    trap 'rm -f "$plan"' EXIT
+fi
 {
     evaluation=0
     for stage in "${stages[@]}"; do
@@ -101,14 +124,14 @@ tuned_run() { # STAGE: of a fine-tuning, or of its evaluation
         esac
         printf '%s\t%s\n' "$stage" "$place"
     done
-} >"$chain.tsv"
+} >"$plan"
 
 # --- the jobs
 
 declare -A state=() job=()
 while IFS=$'\t' read -r stage found id; do
     state[$stage]=$found job[$stage]=$id
-done < <("$PYTHON" -m setclip.jobs "$name" --plain True)
+done < <("$LOGIN_PYTHON" -m setclip.jobs "$name" --plan "$plan" --plain True)
 ((${#state[@]})) || exit 2
 
 after= # the job that the next one waits for
@@ -181,9 +204,8 @@ for stage in "${stages[@]}"; do
         ;;
     evaluate:finetuned-*)
         after=${tuning[finetune:${stage#evaluate:finetuned-}]}
-        read -r -a words <<<"${tuning_data[finetune:${stage#evaluate:finetuned-}]}"
-        [[ ${words[0]} == --data ]] || words=("${words[1]}")
-        submit "$stage" EVALUATE "${gpu_job[@]}" "--job-name=evaluate_$name" -- slurm/evaluate.sh retrieval "${words[@]}" \
+        # On the data that its results are of: they name place and split.
+        submit "$stage" EVALUATE "${gpu_job[@]}" "--job-name=evaluate_$name" -- slurm/evaluate.sh retrieval \
             --checkpoint "$(tuned_run "$stage")" --out "$(tuned_run "$stage")/results/retrieval.json"
         ;;
     evaluate:*)
@@ -194,4 +216,4 @@ for stage in "${stages[@]}"; do
         ;;
     esac
 done
-[[ $dry ]] || echo "state: $PYTHON -m setclip.jobs $name"
+[[ $dry ]] || echo "state: $LOGIN_PYTHON -m setclip.jobs $name"

@@ -11,16 +11,17 @@ import torch
 from finetune_material import Killed, write_shards
 from scipy import stats
 
-from benchmarks.claims import page
+from benchmarks.claims import corpus, page
 from benchmarks.claims.appearance import describe_nouns
-from benchmarks.claims.corpus import LABELS, domains, labels
+from benchmarks.claims.corpus import LABELS, batch, domains, labels
 from benchmarks.claims.experiment import Arm, Claim, Experiment, Found, Measure, Options, Plot, Row, Table
 from benchmarks.claims.figure import write_figure
+from benchmarks.claims.identity import check_unit, common_settings, shards_of
 from benchmarks.claims.judge import Paired, holds_chance, holm, paired, verdict
 from benchmarks.claims.pretraining import with_settings
 from benchmarks.claims.registry import EXPERIMENTS
 from benchmarks.claims.run import ClaimsConfig, claims, main
-from benchmarks.claims.sets import log_variances
+from benchmarks.claims.sets import CLAIMS, HISTORY, log_variances
 from benchmarks.claims.units import read_units, run_missing
 from data_prep.plan import Record
 from data_prep.sources.folder import FolderConfig, plan
@@ -60,6 +61,8 @@ def between(low: float, high: float) -> Paired:
 @pytest.mark.parametrize(
     ("low", "high", "kind", "expected"),
     [
+        (0.1, 0.8, "more", "less than would matter"),
+        (-0.8, -0.1, "more", "less than would matter"),
         (0.1, 5.0, "more", "holds here"),
         (-5.0, -0.1, "more", "contradicted"),
         (-0.9, 0.8, "more", "no difference seen"),
@@ -75,7 +78,23 @@ def between(low: float, high: float) -> Paired:
     ],
 )
 def test_a_verdict_goes_by_where_the_interval_lies(low, high, kind, expected):
-    assert verdict(between(low, high), kind, margin=1.0) == expected
+    assert verdict(between(low, high), kind, 1.0, 0.04) == expected
+
+
+def test_a_claim_holds_or_is_contradicted_only_by_the_adjusted_p_value():
+    for sign, word in ((1, "holds"), (-1, "contradicted")):
+        found = between(*sorted((sign * 0.1, sign * 5.0)))
+        assert verdict(found, "more", 1.0, 0.11) == f"{word}, but not after adjusting"
+        assert verdict(found, "more", 1.0, 0.05) == f"{word}, but not after adjusting"
+    assert verdict(between(0.1, 0.8), "more", 1.0, 0.11) == "less than would matter"
+
+
+def test_the_same_difference_with_every_seed_is_inconclusive_except_within_an_arm():
+    same = paired([10.1, 20.3], [10.0, 20.2])  # equal but for rounding
+    assert same.deviation == 0
+    assert verdict(same, "more", 0.01) == "inconclusive"
+    assert verdict(same, "more", 0.01, is_one_arm=True) == "holds here"
+    assert verdict(paired([5.0, 6.0], [5.0, 6.0]), "equal", 1.0, is_one_arm=True) == "holds here"
 
 
 def test_one_seed_or_an_arm_that_chance_explains_is_inconclusive():
@@ -104,9 +123,14 @@ def experiment_of(calls: list, fails_at: int | None = None) -> Experiment:
             out.mkdir(parents=True, exist_ok=True)
             raise Killed
         calls.append((settings["base"], settings.get("lr"), seed))
-        value = settings["base"] + 0.5 * seed - abs(settings.get("lr", 2.0) - 2.0)
+        value = settings["base"] + (0.6 if settings["base"] > 10 else 0.5) * seed - abs(settings.get("lr", 2.0) - 2.0)
         return Found(
-            values={"score": value, "sets.score": value + 0.01 * seed, "nothing": None},
+            values={
+                "score": value,
+                "sets.score": value + 0.01 * seed,
+                "nothing": None,
+                "some": value if seed else None,
+            },
             held_out={"score": value},
             chance={"score": 1.0},
             steps=3,
@@ -133,7 +157,11 @@ def experiment_of(calls: list, fails_at: int | None = None) -> Experiment:
             "high, sets": Row(arm="high", prefix="sets."),
             "still": Row(arm="still"),
         },
-        measures={"score": Measure(heading="score"), "nothing": Measure(heading="never there")},
+        measures={
+            "score": Measure(heading="score"),
+            "nothing": Measure(heading="never there"),
+            "some": Measure(heading="some"),
+        },
         claims=[
             Claim(text="high beats low", source="A", better="high", worse="low", measure="score", margin=1.0),
             Claim(text="low beats still", source="B", better="low", worse="still", measure="score", margin=1.0),
@@ -149,6 +177,8 @@ def experiment_of(calls: list, fails_at: int | None = None) -> Experiment:
         ],
         chosen_by="score",
         seeds=3,
+        settings={"train": {"steps": 3}},
+        made_of=lambda prepared: {"shards": {"photos": {"digest": prepared, "samples": {"train": 2431}}}},
         prepare=prepare_all,
         run=run,
         tables=lambda units: [Table(title="More", text="Of all.", header=["a"], rows=[[str(len(units))]])],
@@ -211,11 +241,50 @@ def test_runs_of_other_settings_are_refused(tmp_path):
         run_all(changed, tmp_path)
 
 
+def test_runs_of_a_quick_or_a_shorter_experiment_are_not_taken_for_those_of_another(tmp_path):
+    experiment = experiment_of([])
+    run_all(experiment, tmp_path)
+    full = Options(quick=False)
+    with pytest.raises(InputError, match=r"made with quick False, found one with True; remove that file"):
+        run_missing(experiment, tmp_path, tmp_path, full, 3)
+    with pytest.raises(InputError, match=r"made with quick False, found one with True"):
+        read_units(tmp_path, common_settings(experiment, full))
+    with pytest.raises(InputError, match=r"made with train.steps 300, found one with 3;"):
+        run_all(replace(experiment, settings={"train": {"steps": 300}}), tmp_path)
+    renamed = replace(experiment, settings={"train": {"steps": 3, "new": 1, "log_every_steps": 7}})
+    assert run_all(renamed, tmp_path) == 0  # a setting that came later, and one that decides nothing
+
+
+def test_runs_of_other_data_or_another_device_are_not_gone_on_with(tmp_path):
+    run_all(experiment_of([]), tmp_path)
+    (tmp_path / "units/high-seed2.json").unlink()
+    other = replace(experiment_of([]), made_of=lambda prepared: {"shards": {"photos": {"digest": "other"}}})
+    with pytest.raises(InputError, match=r"made with shards .*'other'.*, found one with .*'prepared'"):
+        run_all(other, tmp_path)
+    path = tmp_path / "units/high-seed0.json"
+    unit = json.loads(path.read_text())
+    unit["made_with"]["device"] = "cuda"
+    path.write_text(json.dumps(unit))
+    with pytest.raises(InputError, match=r"made with device .*cuda"):
+        read_units(tmp_path, {})
+    with pytest.raises(InputError, match=r'expected a run with "made_with"'):
+        check_unit(path, {"settings": {}}, {})
+
+
+def test_data_are_known_by_the_digests_and_counts_of_their_manifests(tmp_path):
+    write_shards(tmp_path / "photos", {"train": 3, "val": 2})
+    found = shards_of(tmp_path / "photos")
+    assert found["photos"]["samples"] == {"train": 3, "val": 2}
+    write_shards(tmp_path / "more/photos", {"train": 4, "val": 2})
+    assert shards_of(tmp_path / "more/photos")["photos"]["digest"] != found["photos"]["digest"]
+
+
 # --- the page
 
 
 def content_of(experiment: Experiment, work: Path) -> dict:
-    return json.loads(json.dumps(page.gather("scores", experiment, read_units(work), {}, "python -m x")))
+    units = read_units(work, common_settings(experiment, QUICK))
+    return json.loads(json.dumps(page.gather("scores", experiment, units, {}, "python -m x")))
 
 
 def test_a_page_of_json_alone_has_means_verdicts_and_what_was_tried(tmp_path):
@@ -223,17 +292,117 @@ def test_a_page_of_json_alone_has_means_verdicts_and_what_was_tried(tmp_path):
     run_all(experiment, tmp_path)
     content = content_of(experiment, tmp_path)
     assert [claim["verdict"] for claim in content["claims"]] == ["holds here"] * 3
-    assert content["claims"][0]["difference"] == pytest.approx(10.0)
+    assert content["claims"][0]["difference"] == pytest.approx(10.1)
     assert content["rows"]["low"]["settings"] == {"base": 10.0, "lr": 2.0}
     assert content["rows"]["low"]["held_out"]["values"] == [10.0, 10.5, 11.0]
     text = page.markdown(content, "scores.svg")
-    assert "| low | 3 | 10.5 ± 0.5 | 10.5 ± 0.5 |" in text  # the second is held out
-    assert "| still | fixed | 5.0 | 5.0 |" in text
+    assert "| low | 3 | 10.5 ± 0.5 | 10.8 ± 0.4 (2 of 3) | 10.5 ± 0.5 |" in text  # the second is held out
+    assert "| still | fixed | 5.0 |  | 5.0 |" in text
     assert "| low | `base 10.0`, `lr 1.0` | 9.0 |" in text
     assert "never there" not in text
     assert "![A line](scores.svg)" in text
     assert "**holds here**" in text
     assert "| 7 |" in text  # the units of what was chosen
+
+
+def claim_of(experiment: Experiment, work: Path, **changes) -> dict:
+    """Returns how the first claim is judged with some changes."""
+    claims_ = [replace(experiment.claims[0], **changes), *experiment.claims[1:]]
+    return content_of(replace(experiment, claims=claims_), work)["claims"][0]
+
+
+def test_equal_and_post_hoc_claims_are_not_among_those_that_p_values_are_adjusted_for(tmp_path):
+    experiment = experiment_of([])
+    run_all(experiment, tmp_path)
+    content = content_of(experiment, tmp_path)
+    first, second, equal = content["claims"]
+    assert (equal["p_value"], equal["p_value_holm"]) == (None, None)
+    assert first["p_value_holm"] == pytest.approx(2 * first["p_value"])  # of two claims, not three
+    assert "post hoc" not in page.markdown(content).lower()
+    claims_ = [replace(experiment.claims[0], post_hoc=True), *experiment.claims[1:]]
+    content = content_of(replace(experiment, claims=claims_), tmp_path)
+    first, second, _ = content["claims"]
+    assert first["p_value"] is not None
+    assert first["p_value_holm"] is None
+    assert second["p_value_holm"] == pytest.approx(second["p_value"])
+    text = page.markdown(content)
+    assert "**holds here** (post hoc, not adjusted)" in text
+    assert "set before the runs of all claims but those marked post hoc" in text
+    assert [claim.text for claim in CLAIMS if claim.post_hoc] == [
+        "slots, smooth-Chamfer, beat the pretrained vectors, of which nothing was learned"
+    ]
+
+
+def test_a_page_judges_by_adjusted_p_values(tmp_path):
+    experiment = experiment_of([])
+    run_all(experiment, tmp_path)
+    weak = replace(experiment.claims[1], margin=0.1)  # p 0.003
+    content = content_of(replace(experiment, claims=[weak] * 30), tmp_path)
+    assert content["claims"][0]["p_value"] < 0.05 < content["claims"][0]["p_value_holm"]
+    assert "**holds, but not after adjusting**" in page.markdown(content)
+
+
+def test_seeds_without_a_value_leave_the_others_of_their_measure(tmp_path):
+    experiment = experiment_of([])
+    run_all(experiment, tmp_path)
+    content = content_of(experiment, tmp_path)
+    assert content["rows"]["high"]["measures"]["some"]["seeds"] == [1, 2]
+    assert re.search(r"\| high \| 3 \|.*\(2 of 3\)", page.markdown(content))
+    claim = claim_of(experiment, tmp_path, measure="some")
+    assert (claim["seeds"], claim["why"]) == (2, "no value on 1 seed")
+    assert claim["difference"] == pytest.approx(10.15)
+    claim = claim_of(experiment, tmp_path, measure="nothing")
+    assert (claim["seeds"], claim["verdict"], claim["why"]) == (0, "inconclusive", "no value on 3 seeds")
+
+
+def test_a_difference_of_rows_is_inconclusive_where_chance_explains_what_it_is_made_of(tmp_path):
+    experiment = experiment_of([])
+    run_all(experiment, tmp_path)
+    folder = tmp_path / "units"
+    for path in folder.glob("high-seed*.json"):
+        unit = json.loads(path.read_text())
+        unit["values"] |= {"gain.score": 0.5 + unit["seed"], "a.score": 1.0 + 0.1 * unit["seed"], "b.score": 9.0}
+        path.write_text(json.dumps(unit))
+    for parts, why in (((), "chance"), (("b.",), ""), (("a.", "b."), "chance")):
+        rows = {**experiment.rows, "gain": Row(arm="high", prefix="gain.", parts=parts)}
+        claim = claim_of(replace(experiment, rows=rows), tmp_path, better="gain", kind="less")
+        assert why in claim["why"], parts
+        assert bool(why) == (claim["verdict"] == "inconclusive")
+
+
+def test_the_gain_of_a_batch_hands_on_chance_and_names_its_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "pretrained", lambda recipe, config: config.out)
+    monkeypatch.setattr(
+        corpus,
+        "_measured",
+        lambda data, place, kind, front: Found(
+            values={f"{front}top1": 3.0, f"{front}rsum": 9.0}, held_out={}, chance={"top1": 2.0, "rsum": 8.0}
+        ),
+    )
+    data = corpus.Corpus(QUICK, tmp_path, tmp_path, RECIPES["tiny"]())
+    experiment = batch(QUICK)
+    found = experiment.run(data, {"batch": 32}, 0, tmp_path)
+    assert found.chance == {"top1": 2.0, "rsum": 8.0}
+    assert found.values["gain.top1"] == 0
+    assert experiment.rows["32, the second less the first"].parts == ("hard.", "iou.")
+
+
+def test_a_page_tells_its_history_its_shards_and_uncommitted_changes(tmp_path):
+    experiment = replace(experiment_of([]), history=["A grid was given up."])
+    run_all(experiment, tmp_path)
+    for number, path in enumerate(sorted((tmp_path / "units").glob("*.json"))):
+        unit = json.loads(path.read_text())
+        unit["provenance"]["commit"] = "0" * 40 + ("+changes" if number < 2 else "")
+        path.write_text(json.dumps(unit))
+    text = page.markdown(content_of(experiment, tmp_path))
+    assert "at commit `0000000`, `0000000+changes`" in text
+    assert "2 of 8 runs were made with changes that were not committed" in text
+    assert "- **Shards**: photos: 2,431 of train" in text
+    assert text.endswith("A grid was given up.\n")
+    history = EXPERIMENTS["sets"](Options(quick=False)).history
+    assert history == HISTORY
+    assert any("grid of two learning rates" in each for each in history)
+    assert "2,431" not in str(EXPERIMENTS["labels-photos"](Options(quick=False)).about)
 
 
 def test_a_page_of_what_is_there_says_how_many_seeds(tmp_path):

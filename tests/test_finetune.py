@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from eval_suite.retrieval import RetrievalConfig, evaluate
 from finetune import step
 from finetune.config import FinetuneConfig
 from finetune.data import TrainOrder, open_parts
+from finetune.evaluate import results_of
 from finetune.recipes import RECIPES
-from finetune.run import finetune
+from finetune.run import finetune, over_seeds
 from pretrain.stopping import EXIT_STOPPED
 from setclip.checkpoint import checkpoints_of, load_model, save_checkpoint
 from setclip.errors import InputError
+from setclip.hold_out import held_out
 from setclip.manifest import Manifest
 from setclip.models.backbones.open_clip_towers import OpenClipTowers
 from setclip.models.clip import build_clip
@@ -124,6 +127,49 @@ def test_several_seeds_give_mean_and_standard_deviation_and_go_on_where_they_sto
     assert "±" in capsys.readouterr().out
     finetune("plain", replace(config, resume=True, seeds=2))
     assert "seed 1 is done" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"started with other settings: epochs was 1.0, is 2.0"):
+        finetune("plain", replace(config, resume=True, epochs=2.0))
+    finetune("plain", replace(config, resume=True, test_split="none"))
+    assert "is done" not in capsys.readouterr().out, "of other data the results are made anew"
+    assert json.loads((out / "results.json").read_text())["dataset"]["split"] == "val"
+    other = out / "seed-1" / "results.json"
+    other.write_text(other.read_text().replace('"split": "val"', '"split": "test"'))
+    with pytest.raises(InputError, match=r"expected results of one split .*seed-1, found split 'val' and 'test'"):
+        over_seeds([out / "seed-0", out / "seed-1"])
+
+
+def test_a_run_that_is_stopped_in_its_evaluation_is_not_done_and_its_results_tell_what_to_evaluate_on(
+    place, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+
+    def killed_at_test(model, inputs, *more):
+        if inputs.part.split == "test":
+            raise Killed
+        return results_of(model, inputs, *more)
+
+    monkeypatch.setattr("finetune.run.results_of", killed_at_test)
+    with pytest.raises(Killed):
+        finetune("plain", config_of(place, out))
+    assert (out / "results" / "retrieval_val.json").exists()
+    assert not (out / "results.json").exists()
+    monkeypatch.setattr("finetune.run.results_of", results_of)
+    finetune("plain", config_of(place, out, resume=True))
+    told = Results.load(out / "results.json")
+    assert told.dataset["split"] == "test"
+
+    asked = RetrievalConfig(checkpoint=str(out), gallery_queries=0, resamples=1, device="cpu", workers=0)
+    found = evaluate(asked).results
+    assert found.dataset == told.dataset
+    assert found.metrics["rsum"].value == told.metrics["rsum"].value
+    replace(told, dataset={**told.dataset, "split": "held-out"}).save(out / "results.json")
+    with pytest.raises(InputError, match=r"pictures held out of its training data at .*; name other data"):
+        evaluate(asked)
+
+    monkeypatch.setattr("finetune.run.results_of", killed_at_test)
+    with pytest.raises(Killed):
+        finetune("plain", config_of(place, out, resume=True))
+    assert not (out / "results.json").exists(), "those of before are not taken for those that are asked for now"
 
 
 # --- towers
@@ -309,6 +355,12 @@ def test_held_out_pictures_are_those_of_any_seed_and_no_others_train(place, tmp_
     assert found[0].test.split == "test"
 
 
+def test_all_pictures_of_one_key_leave_nothing_to_train_on_and_are_not_held_out():
+    assert held_out(["a", "a", "b"], 1) in ({0, 1}, {2})
+    with pytest.raises(InputError, match="expected pictures left to train on, found that --hold-out 1 takes all 2"):
+        held_out(["a", "a"], 1)
+
+
 def test_batches_have_each_picture_once_an_epoch_and_captions_that_change(place):
     part = open_parts(FinetuneConfig(data=place / "data")).train
     order = TrainOrder(part, 32, 1, seed=0)
@@ -376,12 +428,28 @@ def test_a_run_goes_on_with_its_own_settings_only_and_its_folder_is_not_overwrit
     finetune("plain", config_of(place, out))
     with pytest.raises(InputError, match=r"expected a new or empty run folder.*--resume True.*--overwrite True"):
         finetune("plain", config_of(place, out))
+    before = {name: (out / name).read_text() for name in ("config.yaml", "results.json")}
     with pytest.raises(InputError, match=r"started with other settings: width was 16, is 32"):
         finetune("plain", config_of(place, out, width=32, resume=True))
+    assert before == {name: (out / name).read_text() for name in before}, "the run that is there stays whole"
     with pytest.raises(
         InputError, match=r"found a fine-tuned one at .*; give the model that it began with \(.*pretrained"
     ):
         finetune("plain", config_of(place, tmp_path / "other", model=str(out)))
+
+
+def test_a_run_does_not_go_on_with_a_pretrained_model_that_was_trained_anew(place, tmp_path):
+    model, out = tmp_path / "pretrained", tmp_path / "run"
+    shutil.copytree(place / "pretrained", model)
+    finetune("plain", config_of(place, out, model=str(model)))
+    finetune("plain", config_of(place, out, model=str(model), resume=True))
+    (folder,) = checkpoints_of(model)
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    save_checkpoint(folder, build_clip(config).state_dict(), config, {"step": 1, "recipe": "test", "model": "small"})
+    with pytest.raises(
+        InputError, match=r"began with weights of .*step-00000001 .* that are others by now .*--overwrite"
+    ):
+        finetune("plain", config_of(place, out, model=str(model), resume=True))
 
 
 def test_a_checkpoint_whose_heads_have_another_width_is_refused(place, tmp_path):

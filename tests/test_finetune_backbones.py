@@ -27,7 +27,7 @@ from finetune.towers import glove_vectors
 from setclip.checkpoint import checkpoints_of, load_model
 from setclip.errors import InputError
 from setclip.models.backbones import make_backbone
-from setclip.models.backbones.hugging_face import HuggingFaceText, PieceTokenizer
+from setclip.models.backbones.hugging_face import HuggingFaceText, PieceTokenizer, make_encoder
 from setclip.models.backbones.recurrent import Recurrent
 from setclip.models.backbones.timm_tower import SHORT, TimmTower
 from setclip.vocabulary import END, MASKED, PAD, SPECIAL, START, UNKNOWN, Vocabulary, WordTokenizer
@@ -142,6 +142,16 @@ def test_a_run_with_noise_and_dropout_that_breaks_off_ends_as_if_nothing_had_hap
     assert steps["step.backbone.text_tower.embedding.weight"] == 10
 
 
+def test_a_run_goes_on_with_its_own_resizing_and_with_as_many_kept_features_where_pictures_are_varied(place, tmp_path):
+    varied = ("--augment.kind", "resized_crop", "--backbone.resize", "squash", "--epochs", 1)
+    towers = ("--data", place / "data", *SMALL_NET, "--backbone.text", "bigru", *varied)
+    finetuned(tmp_path / "run", *towers)
+    with pytest.raises(InputError, match=r"with other settings: towers was .*'resize': 'squash', .*, is .*'shortest'"):
+        finetuned(tmp_path / "run", *towers, "--backbone.resize", "shortest", "--resume", True)
+    with pytest.raises(InputError, match=r"with other settings: towers was .*'cache_gb': 4.0.*, is .*'cache_gb': 0.0"):
+        finetuned(tmp_path / "run", *towers, "--backbone.cache-gb", 0, "--resume", True)
+
+
 def test_frozen_towers_stay_but_a_recurrent_one_learns_and_batch_norm_keeps_its_statistics(place, tmp_path):
     net = timm.create_model("test_resnet", num_classes=10)
     save_file(net.state_dict(), tmp_path / "net.safetensors")
@@ -206,6 +216,12 @@ def test_padded_batches_do_not_change_features_of_any_text_tower(place):
             assert torch.allclose(together.local[row, :number], alone.local[0], atol=1e-5)
             assert torch.allclose(together.pooled[row], alone.pooled[0], atol=1e-5)
     assert bert.words_of(["red pictures"]) == [["red", "[UNK]", "[SEP]"]]
+
+
+def test_an_encoder_is_float32_whatever_its_configuration_says(place, tmp_path):
+    config = json.loads((place / "bert" / "config.json").read_text())
+    encoder = make_encoder({**config, "dtype": "float16"})
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
 
 def test_maps_of_timm_are_the_last_blocks_finest_first_and_one_map_is_the_last():

@@ -5,6 +5,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from finetune.recipes.base import SOURCES, config_of, stated
 from finetune.recipes.comparison import changed_settings, compared, text_of, title_of
 from finetune.recipes.published import RUNNING_TIMES, Row
 from finetune.run import finetune
+from setclip.config import to_dict
 from setclip.errors import InputError
 from setclip.models.heads import SideWidths, make_pair
 
@@ -236,22 +238,88 @@ def test_a_run_of_a_row_writes_its_numbers_beside_the_published_ones_and_tables_
 def content_of(row: Row, config, **more):
     """Returns what a results file of this row's data has, one point above what is published."""
     metrics = {key: {"value": value + 1} for key, value in row.metrics.items() if not key.endswith("class_match_rsum")}
-    return {"dataset": {"name": row.dataset, "split": "test"}, "metrics": metrics, "config": config, **more}
+    dataset = {"name": row.dataset, "split": "test", "images": 5_000 if row.dataset == "coco" else 1_000}
+    return {"dataset": dataset, "metrics": metrics, "config": config, **more}
 
 
-def test_a_run_as_the_recipe_has_it_is_compared_without_reproach_but_for_what_is_reconstructed(tmp_path):
-    from setclip.config import to_dict
-
+def test_a_run_as_the_recipe_has_it_is_compared_without_reproach_but_for_what_is_not_the_source_s(tmp_path):
     name = "dhset-cub-swin224-bert"
     config = to_dict(replace(PAPERS[name].config(), seed=5, out=tmp_path, device="cpu"))
     assert changed_settings(name, config) == []
     found = compared(name, content_of(ROWS[name], config))
-    assert [remark[:21] for remark in found["remarks"]] == ["settings of ours, whi"]
+    assert [remark[:21] for remark in found["remarks"]] == ["settings of ours, whi", PAPERS[name].notes[0][:21]]
     by_name = {entry["metric"]: entry for entry in found["metrics"]}
     assert by_name["class_match_rsum"]["difference"] == pytest.approx(6, abs=0.11)  # the six recalls, each one above
     assert "| class match: i2t r1 | 72.1 | 71.1 | +1.0 |" in text_of(found)
     partial = compared(name, content_of(ROWS[name], config, is_partial=True))
     assert any("missing: the numbers do not compare" in remark for remark in partial["remarks"])
+
+
+@pytest.mark.parametrize(
+    ("split", "images", "remark"),
+    [
+        ("test", 5_000, None),
+        ("testall", 5_000, None),
+        ("test", 1_000, "of 1,000 pictures, not of all 5,000 of coco test"),
+        ("val", 5_000, "of coco val, not of coco test"),
+    ],
+)
+def test_a_row_of_coco_is_compared_on_all_its_test_pictures_alone_whatever_the_split_is_called(split, images, remark):
+    name = "vseinf-coco-frcnn-bigru"
+    content = content_of(ROWS[name], to_dict(PAPERS[name].config()))
+    content["dataset"] |= {"split": split, "images": images}
+    found = compared(name, content)
+    reproaches = [each for each in found["remarks"] if "the numbers do not compare" in each]
+    assert [each.startswith(str(remark)) for each in reproaches] == ([] if remark is None else [True])
+    assert all((entry["difference"] is None) == (remark is not None) for entry in found["metrics"])
+
+
+def test_word_vectors_kept_features_and_what_is_not_the_source_s_stand_among_the_remarks():
+    def remarks(name, **backbone):
+        config = PAPERS[name].config()
+        config = replace(config, backbone=replace(config.backbone, **backbone))
+        return " | ".join(compared(name, content_of(ROWS[name], to_dict(config)))["remarks"])
+
+    pvse = "pvse-coco-resnet152-bigru"
+    at_random = "word vectors began at random, where the source begins with GloVe"
+    assert at_random in remarks(pvse)
+    assert at_random not in remarks(pvse, glove=Path("glove.6B.300d.txt"))
+    assert "glove" not in remarks(pvse, glove=Path("glove.6B.300d.txt")).lower()
+    assert "the source's Adam is AMSGrad" in remarks(pvse)
+    assert "changed: backbone.cache_gb is 4.0, in the recipe 0.0" in remarks(pvse, cache_gb=4.0)
+    assert "cache_gb" not in remarks("dive-coco-frcnn-bigru", cache_gb=1.0)  # whose pictures are not varied
+    scan = PAPERS["scan-coco-frcnn-bigru-t2i-avg"]
+    assert not any("GloVe" in text for text in (*scan.notes, *(value.note for value in scan.settings.values())))
+
+
+@pytest.mark.parametrize(
+    ("name", "stated_here", "of_another_row"),
+    [
+        ("dive-coco-resnet152-bigru", ("head", "augment.flip"), ("options.blocks", "triplet.margin", "backbone.words")),
+        ("dive-f30k-resnext101-bert", ("head", "backbone.image_size"), ("similarity_options.alpha", "noise.words")),
+        ("pvse-f30k-resnet152-bigru", ("triplet.margin",), ("options.num_elements", "batch_size", "optim.lr")),
+        ("pcme-f30k-resnet152-bigru", ("options.num_samples",), ("optim.lr", "augment.flip")),
+        ("pcme-coco-resnet152-bigru", ("optim.lr",), ("augment.flip", "augment.scale", "backbone.resize")),
+        ("vsepp-coco-resnet152-gru", ("optim.lr",), ("augment.flip", "backbone.resize")),
+        ("asa-f30k-resnet152-bigru-i2t-lse", ("backbone.image_size",), ("augment.flip", "augment.scale")),
+        ("vseinf-coco-frcnn-bigru", ("triplet.margin", "noise.words"), ("optim.lr", "epochs", "optim.decay_epochs")),
+        (
+            "dhset-cub-swin224-bert",
+            ("epochs", "backbone.image"),
+            ("augment.kind", "backbone.resize", "backbone.freeze"),
+        ),
+        ("laps-cub-swin224-bert", ("head", "backbone.image"), ("optim.lr", "batch_size")),
+    ],
+)
+def test_what_is_stated_of_another_row_alone_is_not_stated_of_this_one(name, stated_here, of_another_row):
+    settings = PAPERS[name].settings
+    assert all(settings[key].source == "stated" for key in stated_here)
+    for key in of_another_row:
+        assert (settings[key].source, bool(settings[key].note)) == ("reconstructed", True), key
+
+
+def test_vse_plus_plus_normalises_the_picture_before_its_layer():
+    assert PAPERS["vsepp-f30k-resnet152-gru"].config().head_settings().image_options == {"normalise_input": True}
 
 
 def test_log_variances_come_from_the_diagnostics_of_the_run(tmp_path):

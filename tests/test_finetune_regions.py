@@ -9,14 +9,20 @@ import torch
 from finetune_material import forked, write_pretrained, write_shards
 from regions_material import PLACES, WIDTH, finetuned, write_bert, write_regions
 from safetensors.torch import load_file
+from torch.nn.functional import normalize
 
+from eval_suite.diagnostics import DiagnosticsConfig
+from eval_suite.diagnostics import evaluate as diagnose_model
+from eval_suite.encode import encode_functions
 from eval_suite.preprocess import model_pictures
 from eval_suite.regions import RegionBatches, open_regions, splits_of
 from eval_suite.results import Results
 from eval_suite.retrieval import RetrievalConfig, evaluate
-from finetune.config import BackboneConfig
+from finetune.config import BackboneConfig, FinetuneConfig
+from finetune.data import open_parts
 from finetune.noise import DroppedPixels, Dropping, features_of_pictures, kept_places, without_some
 from finetune.recipes import RECIPES
+from finetune.recipes.comparison import compared
 from finetune.run import finetune
 from setclip.checkpoint import checkpoints_of, load_model
 from setclip.errors import InputError
@@ -61,6 +67,7 @@ def test_repeated_rows_give_the_run_that_single_ones_give(place, run, tmp_path):
 def test_a_checkpoint_gives_the_recalls_that_its_run_reports(place, run):
     told = {name: metric.value for name, metric in Results.load(run / "results.json").metrics.items()}
     assert retrieved(run, regions=place / "once") == told
+    assert retrieved(run) == told
     assert retrieved(run, regions=place / "five", split="test", batch_size=7) == told
     losses = [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [loss for loss in losses if loss is not None]
@@ -121,6 +128,32 @@ def test_a_model_of_pictures_takes_no_regions_nor_the_other_way_about(place, run
         retrieved(run, regions=tmp_path / "wide")
 
 
+def test_diagnostics_of_a_model_on_regions_give_the_variances_that_stand_beside_a_row_s(place, tmp_path):
+    slots = ("--options", "num_elements=2", "blocks=1", "heads=2", "head_width=8", "--epochs", 1)
+    out = finetuned(tmp_path / "run", "--regions", place / "once", *TOWERS, *slots, head="slot")
+    words = {"words": ("red",), "checkpoint": str(out), "device": "cpu"}
+    results, found = diagnose_model(DiagnosticsConfig(regions=place / "once", **words))
+    assert (results.dataset["split"], results.dataset["images"]) == ("test", 20)
+    loaded = load_model(out)
+    encode_image, encode_text = encode_functions(loaded)
+    split = open_regions(place / "once", "test")
+    with torch.no_grad():
+        texts = [text for of_picture in split.data.captions for text in of_picture]
+        sides = {"image": encode_image(split.regions.of(range(20))), "text": encode_text(texts)}
+    for side, sets in sides.items():
+        variance = 1 - normalize(sets.float(), dim=-1).mean(1).norm(dim=-1)
+        told = results.metrics[f"variance_{side}_log_of_mean"].value
+        assert told == pytest.approx(float(variance.mean().log()), abs=1e-4)
+    assert any("models of pictures alone" in why for why in found.missing)
+    with pytest.raises(ValueError, match="found more than one"):
+        DiagnosticsConfig(regions=place / "once", data=place)
+    results.save(out / "results" / "diagnostics_test.json")
+    content = json.loads((out / "results.json").read_text())
+    name = "dive-f30k-frcnn-bigru"
+    told = {entry["metric"]: entry["ours"] for entry in compared(name, content, out)["metrics"]}
+    assert told["variance_text_log_of_mean"] == results.metrics["variance_text_log_of_mean"].value
+
+
 # --- files
 
 
@@ -172,6 +205,8 @@ def damage(folder, how):
         caps.write_text("\n".join(lines[:30]))
     elif how == "ids":
         (folder / "train_ids.txt").write_text("1\n2\n")
+    elif how == "uneven ids":
+        (folder / "train_ids.txt").write_text("\n".join(str((i + 1 * (i > 8)) // 5) for i in range(60)))
     elif how == "NaN":
         array[3, 0, 0] = np.nan
         np.save(ims, array)
@@ -192,6 +227,10 @@ def damage(folder, how):
         ("uneven", "expected each picture in 5 equal rows"),
         ("three", r"expected 5 captions of each picture, found 30 captions .* of which 3 in a row are equal"),
         ("ids", "expected an id of each of 12 pictures or of each of 60 captions .* found 2"),
+        (
+            "uneven ids",
+            r"expected one id for the 5 captions of each picture .* found 1 and 2 of picture 1 \(from line 6\)",
+        ),
         ("NaN", "row 3: expected finite features"),
         ("counts", "flickr30k, .*split train: expected 29,000 pictures, found 12"),
     ],
@@ -220,6 +259,31 @@ def test_a_run_tells_what_is_missing_before_it_makes_a_folder(place, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             finetune("plain", replace(config, **values))
+
+
+def test_pictures_in_two_splits_are_found_by_their_captions_where_there_are_no_ids(tmp_path, capsys):
+    write_regions(tmp_path, {"train": 12, "dev": 4, "test": 4})
+    for name in ("ims.npy", "caps.txt"):
+        (tmp_path / f"testall_{name}").write_bytes((tmp_path / f"test_{name}").read_bytes())
+    config = FinetuneConfig(regions=tmp_path, backbone=BackboneConfig(image="regions", text="bigru"))
+    parts = open_parts(config)
+    assert (parts.val.split, parts.test.split) == ("dev", "testall")
+    with pytest.raises(InputError, match=r"test data apart .* found 4 pictures in both \(first: testall-000000\)"):
+        open_parts(replace(config, val_split="test"))
+    capsys.readouterr()
+    open_parts(replace(config, val_split="dev", test=write_regions(tmp_path / "other", {"test": 6}), test_split="test"))
+    assert "6 pictures are both in the training and in the test data (first: test-000000)" in capsys.readouterr().err
+
+
+def test_another_number_of_captions_a_picture_is_taken_where_it_is_said_alone(tmp_path):
+    write_regions(tmp_path, {"train": 10, "val": 2})
+    lines = (tmp_path / "train_caps.txt").read_text().splitlines()
+    (tmp_path / "train_caps.txt").write_text("\n".join(lines[:20]))
+    with pytest.raises(InputError, match=r"expected 5 captions of each picture, found 20 .*--region-captions"):
+        open_regions(tmp_path, "train")
+    assert [len(texts) for texts in open_regions(tmp_path, "train", captions_of_picture=2).data.captions] == [2] * 10
+    with pytest.raises(InputError, match="split val: expected 1,014 pictures, found 2"):
+        open_regions(tmp_path, "val", "flickr30k")
 
 
 # --- noise

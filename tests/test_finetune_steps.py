@@ -114,6 +114,12 @@ def test_steps_that_cannot_be_divided_are_refused():
     model = SetModel(make_backbone({"kind": "open_clip", "model": MODEL_CFG}), HeadSettings(name="asa", width=16))
     with pytest.raises(InputError, match="expected a head without batch norm for --accumulate 2, found asa"):
         check_micro_batches(2, 8, model)
+    towers = {"image": {"kind": "regions", "width": 6}, "text": {"kind": "recurrent", "words": " ".join(SPECIAL)}}
+    projected = SetModel(
+        make_backbone({"kind": "towers", **towers}), HeadSettings(name="gpo", width=16, projection="vseinf")
+    )
+    with pytest.raises(InputError, match="expected a projection without batch norm for --accumulate 2, found vseinf"):
+        check_micro_batches(2, 8, projected)
     with pytest.raises(InputError, match="expected --accumulate to divide the 8 pictures of a rank's step, found 3"):
         check_micro_batches(3, 8, model)
 

@@ -432,6 +432,15 @@ def test_mean_max_and_single_are_what_they_say():
         )
 
 
+def test_single_takes_the_direction_of_its_input_alone_where_that_is_wanted():
+    _, _, pooled = inputs()
+    pair = make_pair("single", IMAGE, TEXT, D, image_options={"normalise_input": True}).double()
+    found = outcome(pair.image, draw(B, N, E), None, pooled).sets
+    expected = pair.image.projection(normalize(pooled, dim=-1))
+    torch.testing.assert_close(found[:, 0], normalize(expected, dim=-1))
+    assert not torch.allclose(found[:, 0], normalize(pair.image.projection(pooled), dim=-1))
+
+
 # --- multi-scale self-attention
 
 

@@ -201,6 +201,23 @@ def test_a_fine_tuning_has_its_data_by_folder_or_name_and_reads_validation_and_t
     assert (nothing.shards, nothing.others) == ((), ())
 
 
+def test_a_fine_tuning_on_region_features_needs_their_folder_and_no_shards(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("SETCLIP_DATA", str(tmp_path))
+    regions, run = tmp_path / "regions", tmp_path / "run"
+    checkpoint = run / "seed-1" / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "setclip_config.json").write_text(json.dumps({"data": {"digest": "of features"}}))
+    words = ["--regions", str(regions), "--dataset", "flickr30k", "--val", str(regions), "--out", str(run)]
+    config = with_command(PreflightConfig(), words)
+    assert (config.dataset, config.shards, config.others) == (None, (), ())
+    assert f"expected a folder at {regions}, found none" in look_at_node(config, "a").faults[0]
+    regions.mkdir()
+    assert look_at_node(config, "a").faults == []
+    # of shards the seeds' data are compared
+    (fault,) = look_at_node(with_command(PreflightConfig(), ["--data", str(shards), "--out", str(run)]), "a").faults
+    assert f"expected the data that {run} was trained on (digest of features)" in fault
+
+
 def test_a_dataset_that_is_not_there_is_a_fault_and_no_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv("SETCLIP_DATA", str(tmp_path))
     (fault,) = look_at_node(PreflightConfig(dataset="cc12m"), "a").faults

@@ -127,14 +127,59 @@ def test_what_is_prepared_is_fine_tuned_on_and_evaluated_each_after_the_other(ho
     begin = "--dependency=afterok:pretrain slurm/finetune.sh plain --model runs/cc12m"
     assert coco.endswith(f"{begin} --dataset coco --out runs/cc12m-coco --head pie")
     assert mine.endswith(f"{begin} --data {home}/elsewhere/mine/ --out runs/cc12m-mine --head pie")
-    tuned = "--checkpoint runs/cc12m-{0} --out runs/cc12m-{0}/results/retrieval.json"
-    assert of_coco.endswith(f"afterok:finetune:coco slurm/evaluate.sh retrieval coco {tuned.format('coco')}")
-    assert of_mine.endswith(f"retrieval --data {home}/elsewhere/mine/ {tuned.format('mine')}")
+    # On the place and split that the run's own results name, whatever FINETUNE_ARGS says of them.
+    tuned = "retrieval --checkpoint runs/cc12m-{0} --out runs/cc12m-{0}/results/retrieval.json"
+    assert of_coco.endswith(f"afterok:finetune:coco slurm/evaluate.sh {tuned.format('coco')}")
+    assert of_mine.endswith(f"afterok:finetune:mine slurm/evaluate.sh {tuned.format('mine')}")
     # Of several seeds each run makes its own results; without data there is nothing to do.
     seeds = pipeline(home, "cc12m", "--dry-run", FINETUNE_DATA="coco", FINETUNE_ARGS="--seeds 3", EVALUATIONS="")
     assert "slurm/finetune.sh" in seeds.stdout
     assert "slurm/evaluate.sh" not in seeds.stdout
     assert "finetune" not in pipeline(home, "cc12m", "--dry-run", FINETUNE_DATA="").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "is_evaluated"),
+    [
+        ("--hold-out 1000", False),
+        ("--head pie --hold_out=5", False),
+        ("--hold-out 1000 --test data/x --test-split none", False),
+        ("--hold-out 1000 --test data/x", True),
+        ("--hold-out 0", True),
+    ],
+)
+def test_a_model_that_reports_on_held_out_pictures_is_not_evaluated_on_its_training_data(home, words, is_evaluated):
+    (home / "data/coco").mkdir(parents=True)
+    (home / "data/coco/manifest.json").write_text("{}")
+    said = pipeline(home, "cc12m", "--dry-run", FINETUNE_DATA="coco", FINETUNE_ARGS=words, EVALUATIONS="").stdout
+    assert ("slurm/evaluate.sh" in said) == is_evaluated
+    left_out = (
+        "evaluate:finetuned-coco +left out: with --hold-out its figures are those of runs/cc12m-coco/results.json"
+    )
+    assert bool(re.search(rf"^{left_out}$", said, re.MULTILINE)) != is_evaluated
+
+
+def test_a_dry_run_leaves_the_chain_as_it_was_submitted(home):
+    chain = home / "slurm/logs/chain-cc12m.tsv"
+    chain.write_text("fetch\there\n")
+    (home / "here").mkdir()
+    said = pipeline(home, "cc12m", "--dry-run", FINETUNE_DATA="", EVALUATIONS="zeroshot imagenet")
+    assert "slurm/evaluate.sh zeroshot imagenet" in said.stdout
+    assert chain.read_text() == "fetch\there\n"
+
+
+def test_two_evaluations_of_one_name_are_refused(home):
+    said = pipeline(home, "cc12m", EVALUATIONS="retrieval coco; retrieval coco --split val")
+    assert said.returncode == 2
+    assert "error: expected evaluations with different names, found two named retrieval-coco" in said.stderr
+    assert not list((home / "slurm/logs").glob("chain-*")), "nothing was planned"
+
+
+def test_outside_of_the_container_the_login_node_has_a_python_of_its_own(home):
+    of_jobs = {"CONTAINER": "apptainer exec a.sif", "PYTHON": "/opt/in-the-container/python"}
+    said = pipeline(home, "cc12m", "--dry-run", LOGIN_PYTHON=sys.executable, **of_jobs)
+    assert said.stderr == ""
+    assert "slurm/pretrain_cc12m.sh" in said.stdout
 
 
 @pytest.mark.parametrize(
@@ -318,6 +363,65 @@ def test_a_fine_tuning_tells_step_rate_time_left_and_best_recall(chain, tmp_path
     (run / "checkpoints/step-00000030").mkdir(parents=True)
     os.utime(run / "results.json", (1, 1))
     assert states_of("a", chain, [])[-1].state == "failed", "results of before it was trained further"
+
+
+@pytest.mark.parametrize("run_of", ["tuned", "tuned/seed-1"])
+def test_results_of_a_fine_tuning_are_old_once_what_it_began_with_is_trained_anew(chain, tmp_path, run_of):
+    pretrained, tuned = tmp_path / "run/checkpoints/step-00000400", tmp_path / "tuned"
+    chosen = tmp_path / run_of / "checkpoints/chosen"
+    for folder in (pretrained, chosen, tuned / "results"):
+        folder.mkdir(parents=True)
+    (chosen / "setclip_config.json").write_text(json.dumps({"from": {"where": str(pretrained), "step": 400}}))
+    places = {"finetune:a": tuned, "evaluate:finetuned-a": tuned / "results/retrieval.json"}
+    (chain / "chain-a.tsv").write_text("".join(f"{stage}\t{place}\n" for stage, place in places.items()))
+    for path in (tuned / "results.json", tuned / "results/retrieval.json"):
+        path.write_text("{}")
+        os.utime(path, (1000, 1000))
+
+    def states():
+        return [state.state for state in states_of("a", chain, [])]
+
+    os.utime(pretrained, (900, 900))
+    assert states() == ["done", "done"]
+    os.utime(pretrained, (1100, 1100))  # to the same step
+    assert states() == ["not submitted", "not submitted"]
+    os.utime(pretrained, (900, 900))
+    (pretrained.parent / "step-00000800").mkdir()  # further
+    assert states() == ["not submitted", "not submitted"]
+
+
+@pytest.mark.parametrize("stage", ["parse_llm", "describe"])
+def test_an_array_that_has_ended_well_is_done_before_its_merge_is(chain, tmp_path, stage):
+    data = tmp_path / "data"
+    shutil.rmtree(data / ".parts")
+    manifest = data / "manifest.json"
+    manifest.write_text('{"parsers": {"pos": "1"}}')
+    os.utime(manifest, (1000, 1000))
+    (chain / "chain-a.tsv").write_text("".join(f"{name}\t{data}\n" for name in ("prepare", "merge", stage)))
+    (chain / "chain-a.jobs").write_text(f"{stage}\t7\n")
+
+    def end(task, status):
+        begun = BEGUN.format(name=stage, job=f"7_{task}", attempt=1)
+        told = f"part {task} of 2 is done; after the last one: a command\n"
+        (chain / f"{stage}_a-7_{task}.log").write_text(f"{begun}{told}=== ended with status {status} in attempt 1\n")
+
+    def states():
+        return [state.state for state in states_of("a", chain, [])]
+
+    end(0, 0)
+    assert states() == ["done", "done", "failed"], "the other task has not even begun"
+    end(1, 1)
+    assert states() == ["done", "done", "failed"]
+    end(1, 0)
+    assert states() == ["done", "done", "done"]
+    manifest.rename(tmp_path / "aside")
+    assert states()[-1] == "failed"
+    (data / ".parsing").mkdir()
+    assert states() == ["done", "done", "done"], "the merge rewrites the shards"
+    (data / ".parsing").rmdir()
+    manifest.write_text('{"parsers": {"pos": "2"}}')
+    os.utime(manifest, (2**32, 2**32))
+    assert states() == ["done", "done", "failed"], "of shards that were made anew nothing was asked"
 
 
 def test_a_job_that_went_without_a_word_is_not_taken_for_done(chain):

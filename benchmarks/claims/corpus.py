@@ -13,11 +13,13 @@ from typing import Any
 
 from benchmarks.claims.appearance import describe_nouns
 from benchmarks.claims.experiment import Arm, Claim, Experiment, Found, Measure, Options, Plot, Row, Unit
+from benchmarks.claims.identity import shards_of
 from benchmarks.claims.pretraining import figures, pretrained, retrieval, with_settings, zero_shot
 from data_prep.run import prepare as prepare_shards
 from data_prep.sources.scenes import ScenesConfig
 from eval_suite.results import Results
 from pretrain.config import RECIPES, PretrainConfig
+from setclip import config as configuration
 from setclip.manifest import MANIFEST_NAME
 
 STEPS, BATCH = 300, 256
@@ -79,16 +81,34 @@ def prepare(work: Path, shared: Path, options: Options) -> Corpus:
             )
             prepare_shards("scenes", ScenesConfig(out=places[name], seed=seed, processes=1, **sizes))
     describe_nouns(places["scenes"], 30 if options.quick else 300)
-    base = RECIPES["tiny"]()
+    base = _config(options)
     base = replace(
         base,
-        data=replace(base.data, shards=(str(places["scenes"]),), workers=0),
+        data=replace(base.data, shards=(str(places["scenes"]),)),
         engine=replace(base.engine, device=options.device),
+    )
+    return Corpus(options, places["scenes"], places["scenes-held-out"], base)
+
+
+def _config(options: Options) -> PretrainConfig:
+    """Returns the settings of all runs, without places and device."""
+    base = RECIPES["tiny"]()
+    return replace(
+        base,
+        data=replace(base.data, workers=0),
         global_batch_size=64 if options.quick else BATCH,
         steps=3 if options.quick else STEPS,
         save=replace(base.save, every_steps=50),
     )
-    return Corpus(options, places["scenes"], places["scenes-held-out"], base)
+
+
+def _same(options: Options) -> dict[str, Any]:
+    """Returns the fields of an experiment that say what all runs of the corpus have in common."""
+    return {"settings": configuration.to_dict(_config(options)), "made_of": _made_of}
+
+
+def _made_of(corpus: Corpus) -> dict[str, Any]:
+    return {"shards": shards_of(corpus.scenes, corpus.held_out)}
 
 
 def run(corpus: Corpus, settings: Mapping[str, Any], seed: int, out: Path) -> Found:
@@ -200,6 +220,7 @@ def labels(options: Options) -> Experiment:
         seeds=2 if options.quick else 5,
         prepare=prepare,
         run=run,
+        **_same(options),
     )
 
 
@@ -314,6 +335,7 @@ def domains(options: Options) -> Experiment:
         seeds=2 if options.quick else 5,
         prepare=prepare,
         run=run,
+        **_same(options),
     )
 
 
@@ -330,7 +352,7 @@ def batch(options: Options) -> Experiment:
         for size in sizes
     }
     rows = {
-        f"{size}, {words}": Row(arm=size, prefix=f"{key}.")
+        f"{size}, {words}": Row(arm=size, prefix=f"{key}.", parts=("hard.", "iou.") if key == "gain" else ())
         for size in arms
         for key, words in (("hard", "hard"), ("iou", "Object-IoU"), ("gain", "the second less the first"))
     }
@@ -364,6 +386,7 @@ def batch(options: Options) -> Experiment:
         prepare=prepare,
         run=_run_both,
         plot=_by_batch,
+        **_same(options),
     )
 
 
@@ -387,6 +410,7 @@ def _run_both(corpus: Corpus, settings: Mapping[str, Any], seed: int, out: Path)
     return Found(
         values=values,
         held_out={**found["hard"].held_out, **found["iou"].held_out},
+        chance=found["hard"].chance,
         intervals={**found["hard"].intervals, **found["iou"].intervals},
         steps=base.steps,
     )

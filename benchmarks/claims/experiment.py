@@ -41,6 +41,8 @@ class Row:
     arm: str
     prefix: str = ""
     """In front of the names of its values."""
+    parts: tuple[str, ...] = ()
+    """Prefixes of what its values are differences of, which chance must not explain; (): chance is asked of its own values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +66,11 @@ class Claim:
     """Rows; with kind "equal" in any order."""
     measure: str
     margin: float
-    """The smallest difference that would matter, in the measure's unit; set before any run."""
+    """The smallest difference that would matter, in the measure's unit; set before the claim's runs, unless post hoc."""
     kind: Literal["more", "less", "equal"] = "more"
     """Whether `better` is to have more of the measure, less, or as much within the margin."""
+    post_hoc: bool = False
+    """Asked after figures had been seen: said so, and not one of those that p values are adjusted for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,5 +140,11 @@ class Experiment:
     """(what `prepare` returned, settings, seed, folder of its own) → what it measured."""
     tables: Callable[[Sequence[Unit]], Sequence[Table]] = lambda units: ()
     plot: Callable[[Sequence[Unit]], Plot | None] = lambda units: None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What all runs have in common beside their data: JSON. Runs of other settings are refused."""
+    made_of: Callable[[Any], Mapping[str, Any]] = lambda prepared: {}
+    """(what `prepare` returned) → what data, "shards", and weights it is: JSON. Runs of others are refused."""
+    history: Sequence[str] = ()
+    """How the runs came about: what was begun and given up, what was not measured."""
     units_of: str | None = None
     """Name of another experiment whose runs this one looks at, too."""

@@ -1,5 +1,5 @@
 """Whether a claim holds: a paired t test over seeds, its 95 % interval against a margin that was set before, and one
-of four words.
+of a few words.
 
 Runs of two arms with the same seed share data, order and first weights as far as the arms do, so differences are taken seed by
 seed. Used by the pages of `benchmarks.claims`.
@@ -13,7 +13,18 @@ from typing import Literal
 
 from scipy import stats
 
-Verdict = Literal["holds here", "no difference seen", "contradicted", "inconclusive"]
+Verdict = Literal[
+    "holds here",
+    "holds, but not after adjusting",
+    "less than would matter",
+    "no difference seen",
+    "contradicted",
+    "contradicted, but not after adjusting",
+    "inconclusive",
+]
+LEVEL = 0.05
+"""Of the p value below which a claim stands"""
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     if count < 2:
         return Paired(count=count, mean=mean, deviation=None, interval_95=None, p_value=None)
     deviation = statistics.stdev(differences)
+    if deviation <= _ROUNDING * max(map(abs, (*first, *second))):
+        deviation = 0.0
     half = float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
     p_value = None
     if deviation > 0:
@@ -44,14 +57,24 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     return Paired(count=count, mean=mean, deviation=deviation, interval_95=(mean - half, mean + half), p_value=p_value)
 
 
-def verdict(found: Paired, kind: Literal["more", "less", "equal"], margin: float, is_chance: bool = False) -> Verdict:
+def verdict(
+    found: Paired,
+    kind: Literal["more", "less", "equal"],
+    margin: float,
+    adjusted: float | None = None,
+    *,
+    is_chance: bool = False,
+    is_one_arm: bool = False,
+) -> Verdict:
     """Returns what the comparison of `better` (first) with `worse` (second) says of a claim.
 
-    "more": the interval lies above 0: holds here; below: contradicted; around 0 and within ± margin: no difference seen;
-    else inconclusive. "less" is the same the other way round. "equal": the interval within ± margin: holds here;
-    wholly outside: contradicted; else inconclusive. One seed, or `is_chance` (an arm that chance explains): inconclusive.
+    "more": the interval lies within ± margin: no difference seen where it holds 0, else less than would matter; above 0:
+    holds here; below: contradicted; both only with `adjusted`, the p value adjusted for the number of claims (None: it
+    is not one of several), below 0.05; else inconclusive. "less" is the same the other way round. "equal": the interval
+    within ± margin: holds here; wholly outside: contradicted; else inconclusive. Inconclusive are one seed, `is_chance`
+    (an arm that chance explains), and the same difference with every seed, except of two rows that are one arm.
     """
-    if found.interval_95 is None or is_chance:
+    if found.interval_95 is None or is_chance or (found.deviation == 0 and not is_one_arm):
         return "inconclusive"
     low, high = found.interval_95
     if kind == "less":
@@ -61,11 +84,14 @@ def verdict(found: Paired, kind: Literal["more", "less", "equal"], margin: float
         if is_within:
             return "holds here"
         return "contradicted" if low > margin or high < -margin else "inconclusive"
+    if low <= 0 <= high:
+        return "no difference seen" if is_within else "inconclusive"
+    if is_within:
+        return "less than would matter"
+    stands = adjusted is None or adjusted < LEVEL
     if low > 0:
-        return "holds here"
-    if high < 0:
-        return "contradicted"
-    return "no difference seen" if is_within else "inconclusive"
+        return "holds here" if stands else "holds, but not after adjusting"
+    return "contradicted" if stands else "contradicted, but not after adjusting"
 
 
 def holds_chance(values: Sequence[float], chance: float | None) -> bool:

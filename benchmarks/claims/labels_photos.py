@@ -12,11 +12,13 @@ from typing import Any
 
 from benchmarks.claims.corpus import LABELS, RSUM_MARGIN, TOP1_MARGIN
 from benchmarks.claims.experiment import Arm, Claim, Experiment, Found, Measure, Options, Row
+from benchmarks.claims.identity import shards_of
 from benchmarks.claims.photographs import prepare_photographs, source_folder
 from benchmarks.claims.pretraining import figures, pretrained, retrieval, with_settings, zero_shot
 from data_prep.run import prepare as prepare_shards
 from data_prep.sources.folder import FolderConfig
 from pretrain.config import RECIPES, PretrainConfig
+from setclip import config as configuration
 from setclip.files import replacing
 from setclip.manifest import MANIFEST_NAME
 
@@ -49,17 +51,30 @@ def prepare(work: Path, shared: Path, options: Options) -> Photos:
                 FolderConfig(out=place, images=coco / "photos.tar", captions=coco / "photos.jsonl", processes=1),
             )
         folders.append(str(place))
-    base = RECIPES["photos"]()
+    base = _config(options)
     base = replace(
         base,
-        data=replace(base.data, shards=tuple(folders), workers=0),
+        data=replace(base.data, shards=tuple(folders)),
         engine=replace(base.engine, device=options.device),
+    )
+    cifar10 = None if options.quick else _cifar10(shared)  # a minute
+    return Photos(options, photographs.train, photographs.dev, cifar10, base)
+
+
+def _config(options: Options) -> PretrainConfig:
+    """Returns the settings of all runs, without places and device."""
+    base = RECIPES["photos"]()
+    return replace(
+        base,
+        data=replace(base.data, workers=0),
         global_batch_size=BATCH,
         steps=2 if options.quick else STEPS,
         save=replace(base.save, every_steps=20),
     )
-    cifar10 = None if options.quick else _cifar10(shared)  # a minute
-    return Photos(options, photographs.train, photographs.dev, cifar10, base)
+
+
+def _made_of(photos: Photos) -> dict[str, Any]:
+    return {"shards": shards_of(*(photos.base.data.shards or ()), photos.dev), "cifar10": photos.cifar10 is not None}
 
 
 def _cifar10(shared: Path) -> Path | None:
@@ -111,8 +126,8 @@ def experiment(options: Options) -> Experiment:
         title="Object-IoU labels on photographs",
         question="Do soft labels by the overlap of objects help on real photographs with real captions?",
         about={
-            "Data": "5,000 photographs of Flickr8k train × 5 captions and 2,431 of COCO, where they are there; 1,000 "
-            "others of Flickr8k train are held out; retrieval on Flickr8k dev (1,000 × 5), zero-shot on CIFAR-10's "
+            "Data": "5,000 photographs of Flickr8k train × 5 captions, and those of COCO that were there (see Shards); "
+            "1,000 others of Flickr8k train are held out; retrieval on Flickr8k dev (1,000 × 5), zero-shot on CIFAR-10's "
             "10,000 test pictures.",
             "Model": "recipe `photos`: a small ResNet at 96 pixels and two text blocks, from random weights.",
             "Training": f"{STEPS} steps of {BATCH} pairs, the recipe's settings for all arms.",
@@ -134,4 +149,6 @@ def experiment(options: Options) -> Experiment:
         seeds=1 if options.quick else 5,
         prepare=prepare,
         run=run,
+        settings=configuration.to_dict(_config(options)),
+        made_of=_made_of,
     )

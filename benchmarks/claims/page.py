@@ -8,7 +8,7 @@ A row has the seeds that are there, and says how many; what is compared are the 
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.claims.experiment import Claim, Experiment, Row, Unit
@@ -43,11 +43,14 @@ def gather(
         "limits": list(experiment.limits),
         "command": command,
         "commits": sorted({unit["provenance"]["commit"] or "unknown" for unit in used}),
+        "uncommitted_runs": sum((unit["provenance"]["commit"] or "").endswith("+changes") for unit in used),
+        "shards": used[0]["made_with"].get("shards", {}) if used else {},
+        "history": list(experiment.history),
         "seeds_asked": experiment.seeds,
         "measures": {measure: asdict(each) for measure, each in experiment.measures.items()},
         "rows": rows,
         "chance": {measure: chance[measure] for measure in experiment.measures if measure in chance},
-        "claims": _claims(experiment.claims, rows, experiment, chance),
+        "claims": _claims(experiment.claims, rows, chance),
         "chosen_by": experiment.chosen_by,
         "tried": {arm: each for arm, each in tried.items() if len(experiment.arms[arm].candidates) > 1},
         "tables": [asdict(table) for table in experiment.tables(of_chosen)],
@@ -82,11 +85,13 @@ def _row(experiment: Experiment, units: Sequence[Unit], row: Row, chosen: tuple[
     own = sorted(own, key=lambda unit: unit["seed"])
     measures: dict[str, Any] = {}
     for measure in experiment.measures:
-        values = [unit["values"].get(row.prefix + measure) for unit in own]
-        if values and all(value is not None for value in values):
+        there = [unit for unit in own if unit["values"].get(row.prefix + measure) is not None]
+        if there:
             measures[measure] = {
-                **(_spread(values) or {}),
-                "intervals_over_queries": [unit["intervals"].get(row.prefix + measure) for unit in own],
+                **(_spread([unit["values"][row.prefix + measure] for unit in there]) or {}),
+                "seeds": [unit["seed"] for unit in there],
+                "parts": [[unit["values"][prefix + measure] for unit in there] for prefix in row.parts],
+                "intervals_over_queries": [unit["intervals"].get(row.prefix + measure) for unit in there],
             }
     return {
         "arm": row.arm,
@@ -117,52 +122,93 @@ def _unit(units: Sequence[Unit], arm: str, candidate: int | None, seed: int) -> 
 # --- claims
 
 
-def _claims(
-    claims: Sequence[Claim], rows: Mapping[str, Any], experiment: Experiment, chance: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    found = [_claim(claim, rows, chance.get(claim.measure)) for claim in claims]
-    for each, adjusted in zip(found, holm([each["p_value"] for each in found]), strict=True):
-        each["p_value_holm"] = adjusted
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """The seeds of a claim."""
+
+    seeds: int
+    missing: int
+    """Seeds that were run of which a row has no value"""
+    paired: Paired | None
+    is_chance: bool
+
+
+def _claims(claims: Sequence[Claim], rows: Mapping[str, Any], chance: Mapping[str, float]) -> list[dict[str, Any]]:
+    compared = [_compared(claim, rows, chance.get(claim.measure)) for claim in claims]
+    p_values = [_p_value(claim, each) for claim, each in zip(claims, compared, strict=True)]
+    adjusted = holm([None if claim.post_hoc else p for claim, p in zip(claims, p_values, strict=True)])
+    found = []
+    for claim, each, p_value, p_holm in zip(claims, compared, p_values, adjusted, strict=True):
+        result = each.paired
+        is_one_arm = rows[claim.better]["arm"] == rows[claim.worse]["arm"]
+        judged: dict[str, Any] = {"verdict": "inconclusive", "difference": None, "deviation": None, "interval_95": None}
+        if result is not None:
+            judged = {
+                "verdict": verdict(
+                    result, claim.kind, claim.margin, p_holm, is_chance=each.is_chance, is_one_arm=is_one_arm
+                ),
+                "difference": result.mean,
+                "deviation": result.deviation,
+                "interval_95": result.interval_95,
+            }
+        judged |= {"p_value": p_value, "p_value_holm": p_holm, "why": _why(claim, each, is_one_arm)}
+        found.append({**asdict(claim), "seeds": each.seeds, **judged})
     return found
 
 
-def _claim(claim: Claim, rows: Mapping[str, Any], chance: float | None) -> dict[str, Any]:
-    sides = []
-    for name in (claim.better, claim.worse):
-        measured = rows[name]["measures"].get(claim.measure, {"values": []})["values"]
-        sides.append((dict(zip(rows[name]["seeds"], measured, strict=False)), rows[name]["is_fixed"]))
-    (better, first_fixed), (worse, second_fixed) = sides
-    if first_fixed and better:
-        better = dict.fromkeys(worse, next(iter(better.values())))
-    if second_fixed and worse:
-        worse = dict.fromkeys(better, next(iter(worse.values())))
-    seeds = sorted(better.keys() & worse.keys())
+def _p_value(claim: Claim, compared: _Compared) -> float | None:
+    """Returns the p value of a difference; None of a claim that there is none, which the test cannot show."""
+    return None if claim.kind == "equal" or compared.paired is None else compared.paired.p_value
+
+
+def _compared(claim: Claim, rows: Mapping[str, Any], chance: float | None) -> _Compared:
+    sides = [rows[claim.better], rows[claim.worse]]
+    drawn = [set(row["seeds"]) for row in sides if not row["is_fixed"]] or [set(row["seeds"]) for row in sides]
+    run = sorted(set.intersection(*drawn)) if all(row["seeds"] for row in sides) else []
+    values = [_by_seed(row, claim.measure, run) for row in sides]
+    seeds = [seed for seed in run if all(seed in each for each in values)]
     if not seeds:
-        return {**asdict(claim), "seeds": 0, "verdict": "inconclusive", "why": "not run yet", **_nothing()}
-    pairs = [better[seed] for seed in seeds], [worse[seed] for seed in seeds]
-    compared = paired(*pairs)
-    is_chance = any(holds_chance(values, chance) for values in pairs)
-    found = verdict(compared, claim.kind, claim.margin, is_chance)
-    return {**asdict(claim), "seeds": len(seeds), "verdict": found, "why": _why(compared, is_chance), **_of(compared)}
+        return _Compared(seeds=0, missing=len(run), paired=None, is_chance=False)
+    first, second = ([each[seed][0] for seed in seeds] for each in values)
+    # of a difference, chance is asked of what it is made of
+    asked = [[each[seed][part] for seed in seeds] for each in values for part in _asked(each[seeds[0]])]
+    return _Compared(
+        seeds=len(seeds),
+        missing=len(run) - len(seeds),
+        paired=paired(first, second),
+        is_chance=any(holds_chance(each, chance) for each in asked),
+    )
 
 
-def _why(compared: Paired, is_chance: bool) -> str:
-    if is_chance:
-        return "an arm's interval holds chance"
-    return "one seed" if compared.interval_95 is None else ""
+def _by_seed(row: Mapping[str, Any], measure: str, run: Sequence[int]) -> dict[int, list[float]]:
+    """Returns seed to [value, *values of its parts]; a fixed row has the same with every seed."""
+    measured = row["measures"].get(measure)
+    if measured is None:
+        return {}
+    lines = [list(line) for line in zip(measured["values"], *measured["parts"], strict=True)]
+    return dict.fromkeys(run, lines[0]) if row["is_fixed"] else dict(zip(measured["seeds"], lines, strict=True))
 
 
-def _nothing() -> dict[str, Any]:
-    return {"difference": None, "deviation": None, "interval_95": None, "p_value": None}
+def _asked(line: Sequence[float]) -> range:
+    return range(1, len(line)) if len(line) > 1 else range(1)
 
 
-def _of(compared: Paired) -> dict[str, Any]:
-    return {
-        "difference": compared.mean,
-        "deviation": compared.deviation,
-        "interval_95": compared.interval_95,
-        "p_value": compared.p_value,
-    }
+def _why(claim: Claim, compared: _Compared, is_one_arm: bool) -> str:
+    found = compared.paired
+    said = []
+    if found is None and not compared.missing:
+        said.append("not run yet")
+    elif compared.is_chance:
+        said.append("an arm's interval holds chance")
+    elif found is not None and found.interval_95 is None:
+        said.append("one seed")
+    elif found is not None and found.deviation == 0 and not is_one_arm:
+        said.append("the same difference with every seed")
+    if compared.missing:
+        said.append(f"no value on {compared.missing} seed{'s' if compared.missing > 1 else ''}")
+    if claim.post_hoc:
+        said.append("post hoc, not adjusted")
+    return "; ".join(said)
 
 
 # --- what it took
@@ -173,7 +219,6 @@ def _time(used: Sequence[Unit], prepared: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "runs": len(used),
         "prepare_cpu_seconds": prepared.get("cpu_seconds"),
-        "notes": list(prepared.get("notes", [])),
         "cpu_seconds": sum(cpu),
         "cpu_seconds_a_run": [min(cpu), statistics.median(cpu), max(cpu)] if cpu else None,
         "seconds_a_run": [function([unit["seconds"] for unit in used]) for function in (min, statistics.median, max)]
@@ -190,8 +235,15 @@ def markdown(content: Mapping[str, Any], figure: str | None = None) -> str:
     parts = [f"# {content['title']}", content["question"]]
     commits = ", ".join(f"`{c[:7]}{c[40:]}`" if len(c) >= 40 else c for c in content["commits"]) or "unknown"
     made = f"Made by `{content['command']}` at commit {commits}"
-    parts.append(f"{made}; the figures are in [{content['name']}.json]({content['name']}.json).")
-    parts.append("\n".join(f"- **{heading}**: {text}" for heading, text in content["about"].items()))
+    made += f"; the figures are in [{content['name']}.json]({content['name']}.json)."
+    if content["uncommitted_runs"]:
+        made += (
+            f" {content['uncommitted_runs']} of {content['time']['runs']} runs were made with changes that were not "
+            "committed (`+changes`), so the commit alone may not make them again."
+        )
+    parts.append(made)
+    about = {**content["about"], **({"Shards": _shards_text(content["shards"])} if content["shards"] else {})}
+    parts.append("\n".join(f"- **{heading}**: {text}" for heading, text in about.items()))
     parts.append("## The claims\n\n" + _claims_text(content))
     parts.append("## The figures\n\n" + _figures_text(content))
     if figure is not None:
@@ -200,8 +252,17 @@ def markdown(content: Mapping[str, Any], figure: str | None = None) -> str:
     if content["tried"]:
         parts.append("## What was tried\n\n" + _tried_text(content))
     parts.append("## What this does not say\n\n" + "\n".join(f"- {limit}" for limit in content["limits"]))
-    parts.append("## What it took\n\n" + _time_text(content["time"]))
+    history = "".join(f"\n\n{each}" for each in content["history"])
+    parts.append("## What it took\n\n" + _time_text(content["time"]) + history)
     return "\n\n".join(parts) + "\n"
+
+
+def _shards_text(shards: Mapping[str, Any]) -> str:
+    """Says what was there when the runs were made."""
+    return "; ".join(
+        f"{name}: " + ", ".join(f"{count:,} of {split}" for split, count in each["samples"].items())
+        for name, each in shards.items()
+    )
 
 
 def _claims_text(content: Mapping[str, Any]) -> str:
@@ -222,11 +283,20 @@ def _claims_text(content: Mapping[str, Any]) -> str:
     table = _table(["claim", "source", "difference", "95 % interval", "p / adjusted", "seeds", "here"], rows)
     margins = {content["measures"][claim["measure"]]["heading"]: claim["margin"] for claim in content["claims"]}
     margin_text = ", ".join(f"{margin:g} ({heading})" for heading, margin in margins.items())
+    margin_text += ", set before the runs"
+    post_hoc = ""
+    if any(claim["post_hoc"] for claim in content["claims"]):
+        margin_text += " of all claims but those marked post hoc"
+        post_hoc = (
+            " *Post hoc*: asked after figures had been seen, so a hint, and not one of those that p is adjusted for."
+        )
     return (
         f"{table}\n\nDifferences are taken seed by seed; interval and p are of a paired t test over seeds, and the "
-        "adjusted p is for the number of claims (Holm). *Holds here*: the interval lies on the claim's side of 0. "
-        "*Contradicted*: on the other. *No difference seen*: it holds 0 and lies within what would matter, "
-        f"{margin_text}, set before any run; of a claim that two are equal this is what *holds here* means. "
+        "adjusted p is for the number of claims (Holm). *Holds here*: the interval lies on the claim's side of 0, and "
+        "the adjusted p is below 0.05; where it is not, *holds, but not after adjusting*. *Contradicted*: the same on the "
+        "other side. *Less than would matter*: the interval leaves out 0, and lies within what would matter, "
+        f"{margin_text}. *No difference seen*: it holds 0 and lies within that. A claim that two are equal *holds here* "
+        f"where the interval lies within what would matter, and has no p value: the test is of a difference.{post_hoc} "
         "*Inconclusive*: anything else, and where chance explains an arm. With few seeds intervals are wide."
     )
 
@@ -236,9 +306,10 @@ def _figures_text(content: Mapping[str, Any]) -> str:
     there = [name for name in measures if any(name in row["measures"] for row in content["rows"].values())]
     rows = []
     for name, row in content["rows"].items():
-        cells = [_mean_text(row["measures"].get(measure), measures[measure]["digits"]) for measure in there]
-        seeds = "fixed" if row["is_fixed"] else str(len(row["seeds"]))
-        rows.append([name, seeds, *cells, _mean_text(row["held_out"], 1)])
+        count = len(row["seeds"])
+        cells = [_mean_text(row["measures"].get(measure), measures[measure]["digits"], count) for measure in there]
+        seeds = "fixed" if row["is_fixed"] else str(count)
+        rows.append([name, seeds, *cells, _mean_text(row["held_out"], 1, count)])
     if content["chance"]:
         levels = [f"{content['chance'][measure]:.2g}" if measure in content["chance"] else "" for measure in there]
         rows.append(["chance", "", *levels, ""])
@@ -269,11 +340,13 @@ def _queries_text(content: Mapping[str, Any]) -> str:
     return f" Another draw of as many queries would move one run's {', '.join(said)} (95 %; the median over runs)."
 
 
-def _mean_text(measured: Mapping[str, Any] | None, digits: int) -> str:
+def _mean_text(measured: Mapping[str, Any] | None, digits: int, seeds: int) -> str:
+    """Says how many of the seeds have a value where not all have."""
     if measured is None:
         return ""
     spread = "" if measured["deviation"] is None else f" ± {measured['deviation']:.{digits}f}"
-    return f"{measured['mean']:.{digits}f}{spread}"
+    there = len(measured["values"])
+    return f"{measured['mean']:.{digits}f}{spread}" + (f" ({there} of {seeds})" if there < seeds else "")
 
 
 def _tried_text(content: Mapping[str, Any]) -> str:
@@ -301,12 +374,11 @@ def _time_text(time: Mapping[str, Any]) -> str:
     low, middle, high = time["cpu_seconds_a_run"]
     prepared = time["prepare_cpu_seconds"] or 0.0
     hours = (time["cpu_seconds"] + prepared) / 3600
-    notes = "".join(f" {note}" for note in time["notes"])
     return (
         f"{time['runs']} runs of {low:.0f} to {high:.0f} CPU seconds each (median {middle:.0f}; by the clock, on "
         f"shared cores, {time['seconds_a_run'][0]:.0f} to {time['seconds_a_run'][2]:.0f} s), {prepared / 60:.1f} CPU "
         f"minutes of preparation: {hours:.2f} core hours in all, so {hours / 2:.2f} hours on two cores. Of a run that "
-        f"was stopped and went on, the last sitting counts. Hours on a GPU were not measured.{notes}"
+        f"was stopped and went on, the last sitting counts. Hours on a GPU were not measured."
     )
 
 

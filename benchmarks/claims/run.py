@@ -17,6 +17,7 @@ from typing import Literal
 from benchmarks.claims import page
 from benchmarks.claims.experiment import Experiment, Options
 from benchmarks.claims.figure import write_figure
+from benchmarks.claims.identity import common_settings
 from benchmarks.claims.registry import EXPERIMENTS
 from benchmarks.claims.units import read_units, run_missing
 from pretrain.stopping import run_to_its_end
@@ -73,7 +74,8 @@ def write_page(name: str, experiment: Experiment, work: Path, pages: Path, confi
     path = work / "prepared.json"
     prepared = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     command = f"python -m benchmarks.claims {name}" + (" --quick True" if config.quick else "")
-    content = page.gather(name, experiment, read_units(work), prepared, command)
+    units = read_units(work, common_settings(experiment, Options(quick=config.quick, device=config.device)))
+    content = page.gather(name, experiment, units, prepared, command)
     pages.mkdir(parents=True, exist_ok=True)
     write_json(pages / f"{name}.json", content)
     content = json.loads((pages / f"{name}.json").read_text(encoding="utf-8"))
@@ -86,7 +88,7 @@ def write_page(name: str, experiment: Experiment, work: Path, pages: Path, confi
     if config.json is not None:
         write_json(config.json, content)
     for claim in content["claims"]:
-        say(f"{claim['verdict']:20} {claim['text']} ({claim['seeds']} seeds)")
+        say(f"{claim['verdict']:37} {claim['text']} ({claim['seeds']} seeds)")
     say(f"page: {pages / f'{name}.md'}")
     return pages / f"{name}.md"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.experiment import Arm, Experiment, Options
+from benchmarks.claims.identity import check_unit, common_settings, made_with
 from setclip.errors import InputError
 from setclip.files import remove, remove_partial, write_json
 from setclip.log import duration, say
@@ -45,9 +46,18 @@ def units_folder(work: Path) -> Path:
     return work / "units"
 
 
-def read_units(work: Path) -> list[dict[str, Any]]:
-    """Returns the content of all finished units, by name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(units_folder(work).glob("[!.]*.json"))]
+def read_units(work: Path, expected: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the content of all finished units, by name.
+
+    `expected`: of `benchmarks.claims.identity`. Raises InputError where a unit was made with something else, or two units
+    not with the same.
+    """
+    paths = sorted(units_folder(work).glob("[!.]*.json"))
+    units = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for path, unit in zip(paths, units, strict=True):
+        check_unit(path, unit, expected)
+        check_unit(path, unit, units[0]["made_with"])
+    return units
 
 
 def read_unit(work: Path, task: Task) -> dict[str, Any] | None:
@@ -116,13 +126,17 @@ def run_missing(
     folder = units_folder(work)
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
+    read_units(work, common_settings(experiment, options))
     prepared: Any = None
+    common: dict[str, Any] = {}
     done, longest = 0, 0.0
     for task in tasks_of(experiment, work, seeds):
         if read_unit(work, task) is not None:
             continue
         if prepared is None:
             prepared = _prepared(experiment, work, shared, options)
+            common = made_with(experiment, options, prepared)
+            read_units(work, common)
         if max_hours is not None and time.monotonic() - begun + longest > 3600 * max_hours:
             say(f"--max-hours {max_hours:g} is used up; the same command goes on with {task.name}")
             return done
@@ -139,6 +153,7 @@ def run_missing(
                 "candidate": task.candidate,
                 "seed": task.seed,
                 "settings": dict(task.settings),
+                "made_with": common,
                 **asdict(found),
                 "seconds": round(seconds, 2),
                 "cpu_seconds": round(_cpu_seconds() - cpu, 2),

@@ -1,15 +1,17 @@
 """Multi-scale adaptive self-attention (ACML 2021) on Flickr30K: one scale (table 1) and both (table 2)."""
 
 from finetune.recipes.base import PaperRecipe, Settings, derived, ours, stated
-from finetune.recipes.parts import ADAM, DATASETS, GLOVE, RESNET152, bigru
-from finetune.recipes.scan import matching
+from finetune.recipes.parts import ADAM, DATASETS, GLOVE, RESNET152_OTHERS, bigru
+from finetune.recipes.scan import LINEAR, matching
 
 _ASA: Settings = {
     "head": stated("asa"),
     "width": stated(1024),
     "image_options.candidate_width": stated(2048),
     "similarity": stated("scan"),
-    **RESNET152,
+    **RESNET152_OTHERS,
+    "backbone.image_size": stated(224),
+    "augment.kind": stated("resized_crop", "a random crop"),
     **bigru(),
     "backbone.freeze": stated("image"),
     "backbone.unfreeze_epoch": stated(20.0),
@@ -43,6 +45,7 @@ ASA: dict[str, PaperRecipe] = {
         notes=(
             "the self-attention itself is a reconstruction (docs/heads.md)",
             "the source's two stages are one run, whose optimiser goes on",
+            LINEAR,
             GLOVE,
         ),
     )

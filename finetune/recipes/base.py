@@ -23,7 +23,7 @@ SOURCES: dict[str, str] = {
     "stated": "by the paper, its slides or supplement, or its authors' code",
     "derived": "not said, but it follows from figures or equations that are",
     "remembered": "from the published paper, but not confirmed in a copy that could be read",
-    "reconstructed": "no source that could be read gives it: ours",
+    "reconstructed": "no source that could be read gives it of this row: ours",
 }
 
 _OPTIONS = ("options", "image_options", "text_options", "similarity_options")
@@ -59,6 +59,20 @@ def remembered(value: Any, note: str = "") -> Value:
 def ours(value: Any, note: str = "") -> Value:
     """Returns a value of our reconstruction."""
     return Value(value, "reconstructed", note)
+
+
+def as_of(settings: Settings, note: str, source: Source = "reconstructed", but: tuple[str, ...] = ()) -> Settings:
+    """Returns settings that are stated of another row than the one they are used for, tagged so.
+
+    `note`: of which, as "as on COCO". `but`: names, or their beginnings (as "triplet"), that are stated of this row too. What
+    is not stated of the other row either stays as it is tagged.
+    """
+    return {
+        name: value
+        if value.source != "stated" or any(name == each or name.startswith(f"{each}.") for each in but)
+        else Value(value.value, source, f"{note}; {value.note}" if value.note else note)
+        for name, value in settings.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

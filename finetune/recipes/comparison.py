@@ -1,7 +1,7 @@
 """What a run of a paper's row gives beside what the paper prints: results.md and an entry of results.json in the run's folder.
 
 Used by the commands of fine-tuning, ensembles and recipes. Nothing is compared in silence that is not comparable: other data, a
-part of them, and settings that were changed stand beneath the table.
+part of them, settings that were changed and what the recipe has otherwise than its source stand beneath the table.
 """
 
 import json
@@ -15,9 +15,11 @@ import yaml
 from eval_suite.protocols import DIRECTIONS, RECALLS
 from eval_suite.results import protocol_words, split_protocol
 from finetune.recipes import PAPERS, ROWS, Row
+from finetune.recipes.parts import GLOVE
 from setclip import config as configuration
 from setclip.errors import InputError
 from setclip.files import replacing, write_json
+from setclip.models.backbones import RECURRENT
 
 RESULTS_NAME = "results.json"
 TABLE_NAME = "results.md"
@@ -29,8 +31,10 @@ NOT_ALIKE = "the numbers do not compare"
 _WHERE_AND_HOW_FAST = (
     *("model", "data", "regions", "val", "test", "out", "seed", "seeds", "resume", "overwrite", "ranks", "device", "workers"),
     *("log", "guard", "log_every_steps", "save_every_minutes", "keep", "accumulate", "allow_partial"),
-    *("backbone.glove", "backbone.cache_gb"),
+    "backbone.glove",  # which has a remark of its own
 )  # fmt: skip
+_COCO_TEST = 5_000
+"""Pictures of which COCO's rows are: all for 5K, and in five folds for 1K"""
 _VARIANCES = {"variance_image_log_of_mean": "images", "variance_text_log_of_mean": "texts"}
 
 
@@ -177,19 +181,28 @@ def changed_settings(name: str, config: Mapping[str, Any]) -> list[str]:
     """Returns what a run's configuration has otherwise than its recipe, in words; where and how fast it ran aside."""
     recipe = _flat(configuration.to_dict(PAPERS[name].config()))
     own = _flat(config)
+    # pictures whose features are kept are not varied; without variation keeping them changes nothing
+    is_varied = "none" not in (own.get("augment.kind"), recipe.get("augment.kind"))
+    free = (*_WHERE_AND_HOW_FAST, *(() if is_varied else ("backbone.cache_gb",)))
     return [
         f"{key} is {_told(own[key])}, in the recipe {_told(recipe.get(key))}"
         for key in own
-        if own[key] != recipe.get(key)
-        and not any(key == each or key.startswith(f"{each}.") for each in _WHERE_AND_HOW_FAST)
+        if own[key] != recipe.get(key) and not any(key == each or key.startswith(f"{each}.") for each in free)
     ]
 
 
 def _remarks(name: str, row: Row, content: Mapping[str, Any]) -> list[str]:
     remarks = []
     dataset = content["dataset"]
-    if (dataset["name"], dataset.get("split")) != (row.dataset, "test"):
+    # SCAN's release calls COCO's whole test split testall
+    splits = ("test", "testall") if row.dataset == "coco" else ("test",)
+    if dataset["name"] != row.dataset or dataset.get("split") not in splits:
         remarks.append(f"of {dataset['name']} {dataset.get('split')}, not of {row.dataset} test: {NOT_ALIKE}")
+    elif row.dataset == "coco" and dataset.get("images") != _COCO_TEST:
+        remarks.append(
+            f"of {dataset.get('images', 0):,} pictures, not of all {_COCO_TEST:,} of coco test, which have the protocols 5k and "
+            f"1k-5fold: {NOT_ALIKE}"
+        )
     if content.get("is_partial"):
         remarks.append(f"a part of the samples was missing: {NOT_ALIKE}")
     members = row.members or (name,)
@@ -209,7 +222,15 @@ def _remarks(name: str, row: Row, content: Mapping[str, Any]) -> list[str]:
         if value.source == "reconstructed"
     }
     if reconstructed:
-        remarks.append(f"settings of ours, which no source gives: {', '.join(sorted(reconstructed))}")
+        remarks.append(f"settings of ours, which no source gives of this row: {', '.join(sorted(reconstructed))}")
+    own = [config for config in configs if config and _is_run(config)]
+    notes = dict.fromkeys(note for each in members for note in PAPERS[each].notes)
+    remarks += [note for note in notes if note != GLOVE]
+    begins = {config["backbone"].get("glove") is None for config in own if config["backbone"].get("text") in RECURRENT}
+    if GLOVE in notes and True in begins:
+        remarks.append("word vectors began at random, where the source begins with GloVe (--backbone.glove)")
+    if GLOVE not in notes and False in begins:
+        remarks.append("word vectors began with --backbone.glove, of which the source says nothing")
     return remarks
 
 

@@ -1,9 +1,10 @@
 """DivE (Kim et al. 2023, CVPR): slots and smooth-Chamfer; the rows of its tables and its ablations.
 
-Settings of Faster R-CNN on COCO are those of the released script; other backbones' were not to be had.
+Settings of Faster R-CNN on COCO are those of the released script; for Flickr30K a derivative's command says that they are the
+same but for the batch; other backbones' were not to be had.
 """
 
-from finetune.recipes.base import PaperRecipe, Settings, derived, ours, remembered, stated
+from finetune.recipes.base import PaperRecipe, Settings, as_of, derived, ours, remembered, stated
 from finetune.recipes.parts import (
     BERT,
     DATASETS,
@@ -60,12 +61,15 @@ _FRCNN: Settings = {
     "epochs": stated(80.0),
 }
 
+_ROW = ("head", "backbone.image", "backbone.text")  # what a row itself names
+_OF_REGIONS = "as with regions on COCO"
+
 _RESNET: Settings = {
-    **_SYSTEM,
+    **as_of(_SYSTEM, _OF_REGIONS, but=_ROW),
     **RESNET152,
-    **bigru(1.0),
-    "backbone.words": stated("embeddings"),
-    "backbone.dropout": ours(0.1, "as with regions"),
+    **as_of(bigru(1.0), _OF_REGIONS, but=_ROW),
+    "backbone.words": ours("embeddings", _OF_REGIONS),
+    "backbone.dropout": ours(0.1, _OF_REGIONS),
     "backbone.freeze": ours("image"),
     "backbone.unfreeze_epoch": ours(1.0),
     "backbone.image_lr_factor": ours(0.1),
@@ -75,7 +79,7 @@ _RESNET: Settings = {
 }
 
 _RESNEXT: Settings = {
-    **_SYSTEM,
+    **as_of(_SYSTEM, _OF_REGIONS, but=_ROW),
     **RESNEXT101,
     **BERT,
     "backbone.text_lr_factor": remembered(0.1),
@@ -91,9 +95,15 @@ _NOTES = (
     "padding and positions are as docs/heads.md has them; the released code's defects are options.compat=true",
     GLOVE,
 )
-_NOT_STATED = "of this backbone the paper's settings were not to be had: those not of the head are ours or remembered"
+_NOT_STATED = (
+    "of this backbone the paper's settings were not to be had: they are those with regions on COCO, ours or remembered"
+)
 
-_F30K_FRCNN: Settings = {**_FRCNN, **DATASETS["f30k"], "batch_size": stated(128, "by a derivative's command")}
+_F30K_FRCNN: Settings = {
+    **as_of(_FRCNN, "as on COCO, by a derivative's command", "derived", but=_ROW),
+    **DATASETS["f30k"],
+    "batch_size": derived(128, "by a derivative's command"),
+}
 
 # name: title, what it changes
 _ABLATIONS: dict[str, tuple[str, Settings]] = {

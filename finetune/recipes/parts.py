@@ -1,6 +1,6 @@
 """Settings that several systems share: data sets, backbones and optimisers. Plain dicts; see `base`."""
 
-from finetune.recipes.base import Settings, derived, ours, remembered, stated
+from finetune.recipes.base import Settings, as_of, derived, ours, remembered, stated
 
 DATASETS: dict[str, Settings] = {
     "f30k": {"dataset": stated("flickr30k")},
@@ -27,6 +27,9 @@ CROPS_224: Settings = {
 }
 
 RESNET152: Settings = {"backbone.image": stated("resnet152"), **CROPS_224}
+"""With the crops of PVSE's and DivE's code"""
+RESNET152_OTHERS: Settings = {**RESNET152, **as_of(CROPS_224, "as PVSE and DivE have it")}
+"""Of systems whose crops no source at hand states"""
 
 RESNEXT101: Settings = {
     "backbone.image": stated("resnext101", "WSL, 32 × 8d; trained on Instagram"),
@@ -39,11 +42,15 @@ RESNEXT101: Settings = {
 }
 
 
-def bigru(lr_factor: float = 1.0, concatenated: bool = False) -> Settings:
-    """Returns a BiGRU over GloVe's 300 dimensions: directions averaged (SCAN, VSE∞, DivE), or concatenated (PVSE, PCME)."""
+def bigru(lr_factor: float = 1.0, concatenated: bool = False, glove: str | None = "GloVe") -> Settings:
+    """Returns a BiGRU over words of 300 dimensions: directions averaged (SCAN, VSE∞, DivE), or concatenated (PVSE, PCME).
+
+    `glove`: what words begin with, and how that is known; None: no source says so.
+    """
+    begins = "" if glove is None else f"{glove}, fine-tuned: give its file with --backbone.glove"
     return {
         "backbone.text": stated("bigru_concat" if concatenated else "bigru"),
-        "backbone.word_width": stated(300, "GloVe, fine-tuned: give its file with --backbone.glove"),
+        "backbone.word_width": stated(300, begins),
         "backbone.hidden_width": stated(1024),
         "backbone.text_lr_factor": stated(lr_factor) if lr_factor == 1.0 else derived(lr_factor, "rates of its groups"),
         "backbone.min_count": remembered(4),
@@ -61,4 +68,5 @@ WORD_NOISE: Settings = {"noise.words": stated(0.2)}
 REGION_NOISE: Settings = {"noise.regions": stated(0.2)}
 
 ADAMW_FOR_ADAMP = "the source has AdamP, which torch has not: AdamW stands for it"
+GLOVE_REMEMBERED = "GloVe (remembered)"
 GLOVE = "without --backbone.glove word vectors begin at random, where the source begins with GloVe"

@@ -1,6 +1,6 @@
 """LAPS (Fu et al. 2024) and DH-Set (Zhang et al. 2025) on CUB, with Swin and BERT."""
 
-from finetune.recipes.base import PaperRecipe, Settings, derived, ours, stated
+from finetune.recipes.base import PaperRecipe, Settings, as_of, derived, ours, stated
 from finetune.recipes.parts import BERT, DATASETS, WORD_NOISE
 
 _TOKENS = {224: 49, 384: 144}
@@ -20,6 +20,8 @@ def _swin(size: int) -> Settings:
         **BERT,
     }
 
+
+_ROW = ("backbone.image", "backbone.image_size", "backbone.text")  # what a row itself names
 
 _LAPS: Settings = {
     "head": stated("laps"),
@@ -79,8 +81,7 @@ PATCHES: dict[str, PaperRecipe] = {
         f"laps-cub-swin{size}-bert": PaperRecipe(
             title=f"LAPS, CUB, Swin-{size} + BERT",
             settings={
-                **_LAPS,
-                **_swin(size),
+                **as_of({**_LAPS, **_swin(size)}, "as on Flickr30K and COCO", but=(*_ROW, "head", "similarity")),
                 **DATASETS["cub"],
                 "similarity_options.num_patches": derived(tokens),
             },
@@ -94,7 +95,7 @@ PATCHES: dict[str, PaperRecipe] = {
     **{
         f"dhset-cub-swin{size}-bert": PaperRecipe(
             title=f"DH-Set, CUB, Swin-{size} + BERT",
-            settings={**_DHSET, **_swin(size), **DATASETS["cub"]},
+            settings={**_DHSET, **as_of(_swin(size), _FROM_LAPS, but=_ROW), **DATASETS["cub"]},
             notes=("DH-Set itself is a reconstruction (docs/heads.md), and so are its settings but for the epochs",),
         )
         for size in _TOKENS

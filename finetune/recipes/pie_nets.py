@@ -1,7 +1,16 @@
 """Systems built on PIE-Net: PVSE (Song and Soleymani 2019) and PCME (Chun et al. 2021)."""
 
-from finetune.recipes.base import PaperRecipe, Settings, ours, remembered, stated
-from finetune.recipes.parts import ADAM, ADAMW_FOR_ADAMP, DATASETS, GLOVE, RESNET152, bigru
+from finetune.recipes.base import PaperRecipe, Settings, as_of, ours, remembered, stated
+from finetune.recipes.parts import (
+    ADAM,
+    ADAMW_FOR_ADAMP,
+    DATASETS,
+    GLOVE,
+    GLOVE_REMEMBERED,
+    RESNET152,
+    RESNET152_OTHERS,
+    bigru,
+)
 
 _TITLES = {"coco": "COCO", "f30k": "Flickr30K"}
 
@@ -41,8 +50,8 @@ _PCME: Settings = {
     "similarity": stated("match_prob_l2"),
     "similarity_options.a": stated(15.0, "where it begins"),
     "similarity_options.b": stated(15.0, "where it begins"),
-    **RESNET152,
-    **bigru(concatenated=True),
+    **RESNET152_OTHERS,
+    **bigru(concatenated=True, glove=GLOVE_REMEMBERED),
     "backbone.words": stated("embeddings"),
     "backbone.freeze": stated("image"),
     "backbone.unfreeze_epoch": stated(30.0),
@@ -61,6 +70,11 @@ _PCME: Settings = {
     "noise.words": stated(0.1, "dropped by the source; here some are masked or exchanged"),
 }
 
+# what the sources state of the system, whatever the data
+_ALWAYS = ("head", "similarity", "backbone.image", "backbone.text", "backbone.words")
+_PVSE_ALWAYS = (*_ALWAYS, "triplet", "weights", "mmd", "captions_per_image")
+_PCME_ALWAYS = (*_ALWAYS, "options", "weights.triplet", "weights.pcme", "pcme", "captions_per_image")
+
 _F30K = "of Flickr30K the settings were not to be had: they are those of COCO"
 
 PIE_NETS: dict[str, PaperRecipe] = {
@@ -68,9 +82,8 @@ PIE_NETS: dict[str, PaperRecipe] = {
         f"pvse-{data}-resnet152-bigru": PaperRecipe(
             title=f"PVSE, {title}, ResNet-152 + BiGRU",
             settings={
-                **_PVSE,
+                **(_PVSE if data == "coco" else as_of(_PVSE, "as on COCO", but=_PVSE_ALWAYS)),
                 **DATASETS[data],
-                **({"batch_size": ours(256), "epochs": ours(30.0)} if data == "f30k" else {}),
             },
             notes=("the source's Adam is AMSGrad", GLOVE, *((_F30K,) if data == "f30k" else ())),
         )
@@ -80,9 +93,8 @@ PIE_NETS: dict[str, PaperRecipe] = {
         f"pcme-{data}-resnet152-bigru": PaperRecipe(
             title=f"PCME, {title}, ResNet-152 + BiGRU",
             settings={
-                **_PCME,
+                **(_PCME if data == "coco" else as_of(_PCME, "as on COCO", but=_PCME_ALWAYS)),
                 **DATASETS[data],
-                **({"batch_size": ours(128), "epochs": ours(60.0)} if data == "f30k" else {}),
             },
             notes=(
                 ADAMW_FOR_ADAMP,

@@ -24,7 +24,8 @@ SINGLE_ELEMENTS: dict[str, tuple[float, ...]] = {
     "image": (491.1, 309.6, 484.9, 486.0),
     "text": (481.9, 483.0, 481.7, 497.2),
 }
-"""RSUM of dive-f30k-frcnn-bigru with one element of a side kept, by its number; `eval_suite.diagnostics` measures ours."""
+"""RSUM of dive-f30k-frcnn-bigru with one element of a side kept, by its number; `eval_suite.diagnostics --regions` measures
+ours."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ STEEPNESS = {"f30k": {"i2t": 5.0, "t2i": 6.0}, "coco": {"i2t": 20.0, "t2i": 6.0}
 """λ₂ of LSE"""
 SHARPNESS = {"i2t": 4.0, "t2i": 9.0}
 """λ₁"""
+LINEAR = "words pass one linear layer more than the source's"
 
 
 def matching(data: str, direction: str, aggregation: str) -> Settings:
@@ -24,7 +25,7 @@ _SCAN: Settings = {
     "head": stated("scan"),
     "width": stated(1024),
     **REGIONS,
-    **bigru(),
+    **bigru(glove=None),
     "triplet.margin": stated(0.2),
     "triplet.mining": stated("hardest"),
     "triplet.reduction": stated("sum"),
@@ -45,7 +46,7 @@ SCAN: dict[str, PaperRecipe] = {
     f"scan-{data}-frcnn-bigru-{direction}-{aggregation}": PaperRecipe(
         title=f"SCAN {direction[0]}-{direction[2]} {aggregation.upper()}, {title}, Faster R-CNN + BiGRU",
         settings={**_SCAN, **_RATES[data], **DATASETS[data], **matching(data, direction, aggregation)},
-        notes=("words pass one linear layer more than the source's",),
+        notes=(LINEAR,),
     )
     for data, title in (("coco", "COCO"), ("f30k", "Flickr30K"))
     for direction, aggregation in (("t2i", "avg"), ("i2t", "lse"))

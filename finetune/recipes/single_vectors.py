@@ -1,14 +1,15 @@
 """Systems of one vector a picture and a text: VSE++ (Faghri et al. 2018) and VSE∞ (Chen et al. 2021)."""
 
-from finetune.recipes.base import PaperRecipe, Settings, derived, ours, remembered, stated
+from finetune.recipes.base import PaperRecipe, Settings, as_of, derived, ours, remembered, stated
 from finetune.recipes.parts import (
     ADAM,
     BERT,
     DATASETS,
     GLOVE,
+    GLOVE_REMEMBERED,
     REGION_NOISE,
     REGIONS,
-    RESNET152,
+    RESNET152_OTHERS,
     RESNEXT101,
     WORD_NOISE,
     bigru,
@@ -19,7 +20,8 @@ _TITLES = {"coco": "COCO", "f30k": "Flickr30K"}
 _VSEPP: Settings = {
     "head": stated("single", "the CNN's global feature through one layer; the GRU's last state"),
     "width": stated(1024),
-    **RESNET152,
+    "image_options.normalise_input": stated(True),
+    **RESNET152_OTHERS,
     "backbone.text": stated("gru"),
     "backbone.word_width": stated(300),
     "backbone.hidden_width": stated(1024),
@@ -61,7 +63,16 @@ _VSEINF: Settings = {
     **WORD_NOISE,
 }
 
-_VSEINF_REGIONS: Settings = {**_VSEINF, **REGIONS, **REGION_NOISE, **bigru(), "projection": stated("vseinf")}
+# the source's settings are of BERT; of the system itself are these
+_VSEINF_ALWAYS = ("head", "width", "triplet", "captions_per_image", "noise")
+
+_VSEINF_REGIONS: Settings = {
+    **as_of(_VSEINF, "as with BERT", but=_VSEINF_ALWAYS),
+    **REGIONS,
+    **REGION_NOISE,
+    **bigru(glove=GLOVE_REMEMBERED),
+    "projection": stated("vseinf"),
+}
 
 _VSEINF_GRID: Settings = {
     **_VSEINF,
@@ -98,7 +109,13 @@ SINGLE_VECTORS: dict[str, PaperRecipe] = {
     },
     **{
         f"vseinf-{data}-resnext101-bert": PaperRecipe(
-            title=f"VSE∞, {title}, ResNeXt-101 + BERT", settings={**_VSEINF_GRID, **DATASETS[data]}, notes=(_STEM,)
+            title=f"VSE∞, {title}, ResNeXt-101 + BERT",
+            settings={
+                **_VSEINF_GRID,
+                **DATASETS[data],
+                **({"epochs": ours(25.0, "as on COCO")} if data == "f30k" else {}),
+            },
+            notes=(_STEM,),
         )
         for data, title in _TITLES.items()
     },

@@ -46,6 +46,11 @@ def lengths_of(local: Tensor, mask: Tensor | None) -> Tensor:
     return mask.sum(1)
 
 
+def first_places(lengths: Tensor, size: int) -> Tensor:
+    """Returns (B, size) bool, True at the first `lengths`, (B,), places."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises InputError where an option is none of those allowed."""
     if value not in allowed:

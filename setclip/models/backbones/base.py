@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from setclip.errors import InputError
@@ -127,6 +126,9 @@ def cut(features: Features) -> Features:
     return Features(features.local[:, :length], features.mask[:, :length].contiguous(), features.pooled)
 
 
-def first(lengths: Tensor, size: int) -> Tensor:
-    """Returns (B, size) bool, True at the first `lengths` places."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
+def places_of(trunk: nn.Module, found: Tensor) -> Tensor:
+    """Returns (B, N, E) of what a trunk of timm gives: tokens without those in front, or a map with channels first or last."""
+    if found.ndim == 3:
+        return found[:, getattr(trunk, "num_prefix_tokens", 0) :]
+    is_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+    return found.flatten(1, 2) if is_last else found.flatten(2).transpose(1, 2)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 import transformers
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -109,10 +110,11 @@ def make_encoder(config: Mapping[str, Any]) -> Any:
     name = str(options.pop("model_type", ""))
     try:
         own = transformers.AutoConfig.for_model(name, **options)
+        # weights are float32 whatever the configuration says: half precision is autocast's
         try:
-            encoder = transformers.AutoModel.from_config(own, add_pooling_layer=False)
+            encoder = transformers.AutoModel.from_config(own, dtype=torch.float32, add_pooling_layer=False)
         except TypeError:  # a model that never pools
-            encoder = transformers.AutoModel.from_config(own)
+            encoder = transformers.AutoModel.from_config(own, dtype=torch.float32)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"expected a text encoder that transformers knows, found model_type {name!r} ({str(error).splitlines()[0][:200]}); "

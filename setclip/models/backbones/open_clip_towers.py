@@ -18,7 +18,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer, text_globa
 from torch import Tensor
 
 from setclip.errors import InputError
-from setclip.models.backbones.base import Backbone, Features, cut
+from setclip.models.backbones.base import Backbone, Features, cut, places_of
 from setclip.models.clip import build_clip, image_size_of, tokenizer_for
 from setclip.models.heads import SideWidths, side_by_side
 
@@ -86,14 +86,7 @@ class OpenClipTowers(Backbone):
             return Features(side_by_side(maps[-self.maps :]), None, tower.attnpool(maps[-1]))
         found = tower.trunk.forward_features(pixels)
         pooled = tower.head(tower.trunk.forward_head(found))
-        return Features(self._places(found), None, pooled)
-
-    def _places(self, found: Tensor) -> Tensor:
-        """Returns (B, N, E) of what a trunk of timm gives: tokens, or a map with channels first or last."""
-        if found.ndim == 3:
-            return found[:, getattr(self.visual.trunk, "num_prefix_tokens", 0) :]
-        is_last = getattr(self.visual.trunk, "output_fmt", "NCHW") == "NHWC"
-        return found.flatten(1, 2) if is_last else found.flatten(2).transpose(1, 2)
+        return Features(places_of(tower.trunk, found), None, pooled)
 
     def text(self, tokens: Tensor) -> Features:
         if isinstance(self.words, HFTextEncoder):

@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from setclip.errors import InputError
 from setclip.lookup import look_up
-from setclip.models.backbones.base import Features, TextTower, first
+from setclip.models.backbones.base import Features, TextTower
 from setclip.models.heads import SideWidths
-from setclip.models.pieces import check_choice
+from setclip.models.pieces import check_choice, first_places
 from setclip.vocabulary import PAD, Vocabulary, WordTokenizer
 from setclip.word_noise import Draw
 
@@ -81,7 +81,7 @@ class Recurrent(TextTower):
         else:
             pooled = torch.cat(tuple(last), 1)
         words = embedded[:, : words.shape[1]] if self.local == "embeddings" else self.dropout(words)
-        return Features(words, first(lengths, words.shape[1]), pooled)
+        return Features(words, first_places(lengths, words.shape[1]), pooled)
 
     def words_of(self, texts: Sequence[str]) -> list[list[str]]:
         return self.tokenizer.words_of(texts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from setclip.errors import InputError
-from setclip.models.backbones.base import Features, ImageTower
+from setclip.models.backbones.base import Features, ImageTower, places_of
 from setclip.models.heads import SideWidths, side_by_side
 
 SHORT: dict[str, str] = {
@@ -48,7 +48,7 @@ class TimmTower(ImageTower):
             last, maps = self._maps(inputs)
             return Features(side_by_side(maps), None, self._pooled(last))
         found = self.trunk.forward_features(inputs)
-        return Features(self._places(found), None, self._pooled(found))
+        return Features(places_of(self.trunk, found), None, self._pooled(found))
 
     def _maps(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Returns (what comes out in the end, the last maps (B, E, rows, columns), finest first)."""
@@ -56,13 +56,6 @@ class TimmTower(ImageTower):
 
     def _pooled(self, found: Tensor) -> Tensor:
         return self.trunk.forward_head(found, pre_logits=True)
-
-    def _places(self, found: Tensor) -> Tensor:
-        """Returns (B, N, E) of what the net gives: tokens, or a map with channels first or last."""
-        if found.ndim == 3:
-            return found[:, getattr(self.trunk, "num_prefix_tokens", 0) :]
-        is_last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
-        return found.flatten(1, 2) if is_last else found.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def _measure(self) -> None:

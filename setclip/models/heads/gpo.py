@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from setclip.models.heads.base import HeadOutput, SetHead
-from setclip.models.pieces import exact, lengths_of, projection, softmax_over, unit
+from setclip.models.pieces import exact, first_places, lengths_of, projection, softmax_over, unit
 
 _CODE_WIDTH = 32
 _TEMPERATURE = 0.1
@@ -32,7 +32,7 @@ class Gpo(SetHead):
         ordered = values.sort(1, descending=True).values
         lengths = lengths_of(local, mask)
         if mask is not None:  # what is masked stands last
-            ordered = ordered.masked_fill(~_first(lengths, local.shape[1])[..., None], 0.0)
+            ordered = ordered.masked_fill(~first_places(lengths, local.shape[1])[..., None], 0.0)
         with torch.autocast(local.device.type, enabled=False):
             pooled = torch.einsum("bn,bnd->bd", self.weights(lengths, local.shape[1]).to(ordered.dtype), ordered)
         return HeadOutput(unit(pooled)[:, None])
@@ -47,12 +47,7 @@ class Gpo(SetHead):
         states, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=size)
         forwards, backwards = states.chunk(2, -1)
         logits = self.to_weight((forwards + backwards) / 2)[..., 0] / _TEMPERATURE
-        return softmax_over(logits, _first(different, size), 1)[place]
-
-
-def _first(lengths: Tensor, size: int) -> Tensor:
-    """Returns (B, size) bool, True at the first `lengths` places."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
+        return softmax_over(logits, first_places(different, size), 1)[place]
 
 
 def _codes(size: int) -> Tensor:
