@@ -5,7 +5,6 @@
 # EXTRA_INDEX_URL a package index beside it. CPU builds of torch and torchvision, where the default index has none:
 #                     make demo EXTRA_INDEX_URL=URL (the install page of pytorch.org names one)
 # DEMO_FLAGS      flags for the demo, e.g. "--fast True" (python -m setclip.demo --help)
-# TEST_WORKERS    processes of `make test`
 # PYTEST_FLAGS    flags for pytest, e.g. "-m 'not slow'"
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
@@ -13,9 +12,6 @@ INDEX_URL ?=
 EXTRA_INDEX_URL ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
-
-# Tests wait for servers, timers and other processes much of the time: one worker more than there are cores, four at most.
-TEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 3); echo $$((cores < 3 ? cores + 1 : 4)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,7 +48,7 @@ demo: $(VENV)/.installed ## run the whole road on the embedded corpus and write 
 
 test: $(VENV)/.installed img2dataset open-clip ## run all tests that need only Python packages
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-		$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
+		$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
 
 test-llm: vllm ## run the tests with the real vLLM, which `make test` leaves out
 	@$(BIN)/python -m pytest -m "llm and not soak" --numprocesses 2 --dist loadgroup $(PYTEST_FLAGS)
