@@ -146,7 +146,7 @@ def test_only_what_lies_between_two_lines_after_the_warm_up_is_counted(task, tmp
         "open_clip", dataclasses.replace(task, global_batch_size=128, log_every=10), tmp_path / "run", 5
     )
     assert found.samples == 20 * 128, "from step 11 to step 31"
-    assert 0.1 <= found.seconds < time.monotonic() - start - 0.1
+    assert 0.05 <= found.seconds < time.monotonic() - start - 0.1  # two pauses, as a reader under load sees them
     assert found.samples_per_second == found.samples / found.seconds
 
 
