@@ -25,6 +25,9 @@ from setclip.provenance import describe
 
 FORMAT_VERSION = 1
 
+RUN_RESULTS_NAME = "results.json"
+"""What a fine-tuning leaves in its folder."""
+
 LIBRARIES = ("numpy", "pillow", "scikit-learn", "faiss-cpu", "eccv-caption")
 """Whose versions stand in results, beside those of all our files."""
 

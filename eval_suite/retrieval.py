@@ -45,8 +45,8 @@ from eval_suite.regions import (
     usual_split,
 )
 from eval_suite.relevance import RightAnswers
-from eval_suite.results import Metric, Results, default_out, markdown_table
-from eval_suite.retrieval_data import RetrievalData, open_retrieval, read_captions, retrieval_place
+from eval_suite.results import RUN_RESULTS_NAME, Metric, Results, default_out, markdown_table
+from eval_suite.retrieval_data import HELD_OUT_SPLIT, RetrievalData, open_retrieval, read_captions, retrieval_place
 from eval_suite.scores import FEW_SCORES, MakeScore, Score, dot_scores, remembered
 from eval_suite.sharing import ALONE, join, together
 from setclip import distributed
@@ -64,9 +64,6 @@ __all__ = ["RetrievalConfig", "RetrievalOutcome", "evaluate", "read_captions", "
 
 KEPT_SCORES = 2**27
 """Scores that a command keeps (512 MB), so that protocols do not compute them anew: enough for COCO's 5,000 × 25,000."""
-
-_RUN_RESULTS = "results.json"  # of finetune.run, in its folder
-_HELD_OUT = "held-out"  # what finetune.data calls the pictures that it takes out of a split
 
 
 @dataclass(frozen=True)
@@ -324,10 +321,10 @@ def _with_data_of_run(config: RetrievalConfig) -> RetrievalConfig:
     run = next((place for place in places if (place / CHECKPOINTS_FOLDER / CHOSEN_NAME).is_dir()), None)
     if run is None:
         return config
-    path = run / _RUN_RESULTS
+    path = run / RUN_RESULTS_NAME
     told = Results.load(path)
     place, split = Path(told.dataset["place"]), told.dataset["split"]
-    if split == _HELD_OUT:
+    if split == HELD_OUT_SPLIT:
         raise InputError(
             f"expected a run that reports on a split, found that {path} is of pictures held out of its training data at {place}; "
             "these are its figures; name other data, as --data DIR"

@@ -20,6 +20,9 @@ from setclip.lookup import look_up
 from setclip.manifest import MANIFEST_NAME, Manifest, open_split
 from setclip.shards import Shard
 
+HELD_OUT_SPLIT = "held-out"
+"""What fine-tuning calls the pictures that it takes out of a split to choose by."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:

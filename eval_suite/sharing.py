@@ -34,6 +34,11 @@ def join(device: str = "auto", timeout_minutes: float = 60.0) -> World:
                 f"expected --device auto, cpu or cuda with several ranks (each takes the GPU of its number), found {device}"
             )
         return distributed.start(device, timeout_minutes)
+    return alone_on(device)
+
+
+def alone_on(device: str) -> World:
+    """Returns one process on a device; "auto" takes CUDA where there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return World(device=torch.device(device))

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from eval_suite.protocols import PROTOCOLS, Protocol
 from eval_suite.regions import Regions, RegionSplit, open_regions, splits_of
-from eval_suite.retrieval_data import RetrievalData, open_retrieval
+from eval_suite.retrieval_data import HELD_OUT_SPLIT, RetrievalData, open_retrieval
 from finetune.config import FinetuneConfig
 from pretrain.loader import pad_objects
-from setclip.datasets import data_root, locate
+from setclip.datasets import prepared_or_located
 from setclip.errors import InputError
 from setclip.hashing import hash_text, permutation
 from setclip.hold_out import held_out
 from setclip.log import say, warn
-from setclip.manifest import MANIFEST_NAME, Manifest
+from setclip.manifest import Manifest
 from setclip.shards import Shard
 
 TRAIN_IMAGES: dict[str, tuple[int, ...]] = {"flickr30k": (29_000,), "coco": (113_287, 82_783), "cub": (7_067,)}
@@ -91,7 +91,7 @@ def open_parts(config: FinetuneConfig) -> Parts:
     _check_counts(config, train)
     if config.hold_out:
         rows = held_out(train.data.keys, config.hold_out)
-        val = train.of(sorted(rows), "held-out")
+        val = train.of(sorted(rows), HELD_OUT_SPLIT)
         train = train.of([i for i in range(len(train)) if i not in rows], config.split)
     else:
         val = _open_val(config, place)
@@ -131,8 +131,7 @@ def _place(config: FinetuneConfig) -> Path:
         raise InputError(
             "expected shards to train on, found neither --data DIR nor --dataset NAME; `python -m data_prep.run` makes them"
         )
-    folder = data_root() / config.dataset
-    return folder if (folder / MANIFEST_NAME).exists() else locate(config.dataset)
+    return prepared_or_located(config.dataset)
 
 
 def _open_regions(config: FinetuneConfig, place: Path, split: str) -> tuple[RegionSplit, Part]:

@@ -18,15 +18,16 @@ import torch
 import tyro
 from torch import Tensor
 
-from eval_suite.results import Results, markdown_table
+from eval_suite.results import RUN_RESULTS_NAME, Results, markdown_table
+from eval_suite.retrieval import KEPT_SCORES
 from eval_suite.scores import Score, remembered
-from eval_suite.sharing import ALONE
+from eval_suite.sharing import ALONE, alone_on
 from finetune.config import FinetuneConfig
 from finetune.data import Part, open_parts
 from finetune.evaluate import results_of_score, score_with
 from finetune.features import PartInputs
 from finetune.recipes import ROWS
-from finetune.recipes.comparison import RESULTS_NAME, TABLE_NAME, write_comparison
+from finetune.recipes.comparison import TABLE_NAME, write_comparison
 from setclip import config as configuration
 from setclip.checkpoint import LoadedModel, find_checkpoint, load_model
 from setclip.distributed import World
@@ -72,17 +73,18 @@ def ensemble(config: EnsembleConfig) -> Path:
     """Does what the command does; returns the folder of the results. Raises InputError where runs do not go together."""
     if config.row is not None:
         look_up(ROWS, config.row, "row")
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    world = World(device=torch.device(usual if config.device == "auto" else config.device))
+    world = alone_on(config.device)
     folders = runs_of(config.runs)
     members = [open_run(folder, world.device) for folder in folders]
     out = config.out or folders[0].parent / f"{folders[0].name}-ensemble"
-    if out.exists() and any(out.iterdir()) and not (out / RESULTS_NAME).exists():
+    if out.exists() and any(out.iterdir()) and not (out / RUN_RESULTS_NAME).exists():
         raise InputError(f"expected a new or empty folder for the results, found {out}; give another --out")
     begun = time.monotonic()
     parts = [part_of(member, config.split) for member in members]
     check_same(folders, parts)
-    scores = [remembered(score_of_run(member, part, world), 2**27) for member, part in zip(members, parts, strict=True)]
+    scores = [
+        remembered(score_of_run(member, part, world), KEPT_SCORES) for member, part in zip(members, parts, strict=True)
+    ]
     each = [
         results_of_score(score, parts[0], ALONE, dict(member.loaded.identity), {}, {}, begun)
         for member, score in zip(members, scores, strict=True)
@@ -99,7 +101,7 @@ def ensemble(config: EnsembleConfig) -> Path:
     identity = {"where": str(out), "model": f"sum of {len(members)} runs", "head": members[0].config.head}
     details: dict[str, Any] = {"similarity": "mean of the runs' scores", "members": told}
     found = results_of_score(mean_of(scores), parts[0], ALONE, identity, configuration.to_dict(config), details, begun)
-    found.save(out / RESULTS_NAME)
+    found.save(out / RUN_RESULTS_NAME)
     return _tell(out, [*each, found], config.row)
 
 
@@ -111,7 +113,7 @@ def _tell(out: Path, found: Sequence[Results], row: str | None) -> Path:
     else:
         with replacing(out / TABLE_NAME) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
-    say(f"\nresults: {out / RESULTS_NAME}")
+    say(f"\nresults: {out / RUN_RESULTS_NAME}")
     return out
 
 

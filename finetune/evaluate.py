@@ -17,7 +17,7 @@ from eval_suite.feature_similarity import FeatureSimilarity
 from eval_suite.preprocess import model_pictures
 from eval_suite.protocols import DIRECTIONS, RECALLS, ProtocolOutcome, Setting
 from eval_suite.results import Results
-from eval_suite.retrieval import score_of
+from eval_suite.retrieval import KEPT_SCORES, score_of
 from eval_suite.scores import Score, remembered
 from finetune.data import Part
 from finetune.features import PartInputs, Pictures, picture_batches, pixels_of
@@ -99,7 +99,7 @@ def results_of(
     score, similarity = score_with(model, inputs, loaded, world, inference, show_progress=False)
     details = {**similarity.described, "inference": inference}
     return results_of_score(
-        remembered(score, 2**27 // world.size), inputs.part, world, identity, config, details, begun
+        remembered(score, KEPT_SCORES // world.size), inputs.part, world, identity, config, details, begun
     )
 
 

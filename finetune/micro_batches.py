@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from finetune.features import Inputs
 from finetune.noise import DroppedPixels
 from finetune.step import Pull, StepBatch, StepModule
+from pretrain.feature_cache import random_state, set_random_state
 from setclip.errors import InputError
 from setclip.models.backbones import Features
 from setclip.models.heads import HeadOutput
@@ -62,7 +63,7 @@ def divided_backward(
     device = next(module.parameters()).device
     with torch.no_grad():
         for share in shares:
-            random.append(_random_state(device))
+            random.append(random_state(device))
             made.append(wrapped(*share))
     leaves = [_leaves(_joined([pair[side] for pair in made])) for side in (0, 1)]
     loss, parts = module.loss_of(leaves[0], leaves[1], batch)
@@ -76,7 +77,7 @@ def divided_backward(
     for place, (share, state) in enumerate(zip(shares, random, strict=True)):
         is_last = place == number - 1
         pulls = [_pull(of_side, place, number, is_last) for of_side in of_sides]
-        _set_random_state(state, device)
+        set_random_state(state, device)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped):
             pulled = wrapped(*share, pull=Pull(pulls[0], pulls[1], of_loss if is_last else {}))
             accelerator.backward(pulled)
@@ -153,13 +154,3 @@ def _pull(gradients: dict[str, Tensor | None], place: int, number: int, is_last:
         elif is_last:
             found[name] = gradient
     return found
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

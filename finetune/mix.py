@@ -24,9 +24,9 @@ from eval_suite.encode import encode_functions
 from eval_suite.preprocess import model_pictures
 from eval_suite.protocols import DIRECTIONS, RECALLS
 from eval_suite.results import Results
-from eval_suite.retrieval import score_of
+from eval_suite.retrieval import KEPT_SCORES, score_of
 from eval_suite.scores import remembered
-from eval_suite.sharing import ALONE
+from eval_suite.sharing import ALONE, alone_on
 from eval_suite.zeroshot import ZeroShotConfig
 from eval_suite.zeroshot import evaluate as evaluate_zeroshot
 from finetune.data import Part
@@ -127,8 +127,7 @@ def towers_of_run(member: Member, where: str | None) -> tuple[LoadedModel, dict[
 
 def mix(config: MixConfig) -> Path:
     """Does what the command does; returns the folder of the table. Raises InputError."""
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    world = World(device=torch.device(usual if config.device == "auto" else config.device))
+    world = alone_on(config.device)
     member = open_run(config.run)
     out = config.run / FOLDER
     if out.exists() and not config.overwrite:
@@ -145,11 +144,9 @@ def mix(config: MixConfig) -> Path:
         _write(place, member, source, weights, alpha)
         clip = load_model(place, world.device)
         backbone = member.model.backbone
+        own = backbone.state_dict()
         backbone.load_state_dict(
-            {
-                f"{_CLIP}{name}": value.reshape(backbone.state_dict()[f"{_CLIP}{name}"].shape)
-                for name, value in weights.items()
-            }
+            {_CLIP + name: value.reshape(own[_CLIP + name].shape) for name, value in weights.items()}
         )
         if 0 < alpha < 1:
             _write_with_head(out / f"{place.name}-head", member, alpha)
@@ -229,7 +226,7 @@ def _write_with_head(place: Path, member: Member, alpha: float) -> None:
         place,
         model.state_dict(),
         model.backbone.description["model"],
-        {**_description(member, alpha), **more, "model": f"{loaded.identity.get('model')}, towers mixed"},
+        {**_description(member, alpha), **more},
         lambda folder: write_set_model(folder, model),
         preprocess_of(loaded.mean, loaded.std, loaded.interpolation, loaded.resize_mode),
     )
@@ -255,7 +252,7 @@ def _of_zeroshot(config: ZeroShotConfig) -> dict[str, float]:
 
 
 def _by_head(member: Member, part: Part, world: World) -> Results:
-    score = remembered(score_of_run(member, part, world), 2**27)
+    score = remembered(score_of_run(member, part, world), KEPT_SCORES)
     return results_of_score(score, part, ALONE, {}, {}, {}, 0.0)
 
 
@@ -269,7 +266,7 @@ def _vectors(loaded: LoadedModel, part: Part, world: World) -> Results:
 
     image, text = encode_functions(loaded)
     score = score_of(image, text, picture_batches(pictures, batches(), None), part.data.captions)
-    return results_of_score(remembered(score, 2**27), part, ALONE, {}, {}, {}, 0.0)
+    return results_of_score(remembered(score, KEPT_SCORES), part, ALONE, {}, {}, {}, 0.0)
 
 
 def _recalls(found: Results) -> dict[str, float]:

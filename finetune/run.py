@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from eval_suite.results import Results, markdown_table
+from eval_suite.results import RUN_RESULTS_NAME, Results, markdown_table
 from finetune.config import FinetuneConfig
 from finetune.data import Parts, open_parts
 from finetune.evaluate import results_of, results_path
@@ -54,7 +54,6 @@ from setclip.models.clip import load_weights
 from setclip.models.heads import HEADS
 from setclip.models.set_model import SetModel
 
-RESULTS_NAME = "results.json"
 _SAME = ("split", "images", "captions_sha256")  # of the data of results over which there is a mean
 
 
@@ -96,15 +95,15 @@ def finetune(recipe: str, config: FinetuneConfig, kept: dict[str, PartInputs] | 
         own = replace(config, seed=seed, seeds=1, out=folder)
         run = Run(recipe, own, folder, parts, source, begin.backbone, begin.weights, kept)
         if config.seeds > 1 and config.resume and _is_done(run):
-            say(f"seed {seed} is done: {folder / RESULTS_NAME}")
+            say(f"seed {seed} is done: {folder / RUN_RESULTS_NAME}")
         else:
             if config.seeds > 1:
                 say(f"\nseed {seed}:")
             _one(run, world)
         results.append(folder)
     if world.rank == 0 and config.seeds > 1:
-        write_json(out / RESULTS_NAME, over_seeds(results))
-        say(seeds_text(json.loads((out / RESULTS_NAME).read_text(encoding="utf-8"))))
+        write_json(out / RUN_RESULTS_NAME, over_seeds(results))
+        say(seeds_text(json.loads((out / RUN_RESULTS_NAME).read_text(encoding="utf-8"))))
         if recipe in ROWS:
             say(f"\n{write_comparison(out, recipe)}")
     distributed.broadcast(None)
@@ -118,7 +117,7 @@ def _one(run: Run, world: World) -> None:
     if world.rank == 0:
         run.out.mkdir(parents=True, exist_ok=True)
         configuration.save(run.out / "config.yaml", replace(config, resume=False, overwrite=False))
-        remove(run.out / RESULTS_NAME)  # which say that it has ended
+        remove(run.out / RUN_RESULTS_NAME)  # which say that it has ended
     distributed.broadcast(None)
     with StopRequest() as request:
         training = _trained(run, start, world, request)
@@ -146,7 +145,7 @@ def _trained(run: Run, start: Start, world: World, request: StopRequest) -> Trai
 
 def _is_done(run: Run) -> bool:
     """Whether the run folder has results of the data that are asked for. Raises InputError where they are of another run."""
-    path = run.out / RESULTS_NAME
+    path = run.out / RUN_RESULTS_NAME
     if not path.exists():
         return False
     check_ended(run)
@@ -178,14 +177,14 @@ def _report(run: Run, training: Training, world: World) -> None:
             if is_main:
                 tables.append(found)
     if world.rank == 0:
-        tables[-1].save(run.out / RESULTS_NAME)  # of the test data, where there are some; its presence means "done"
+        tables[-1].save(run.out / RUN_RESULTS_NAME)  # of the test data, where there are some; its presence means "done"
     for found in tables:
         say(f"\n{markdown_table([found])}".rstrip())
     if world.rank == 0 and run.recipe in ROWS:
         say(f"\n{write_comparison(run.out, run.recipe)}")
     validation = identity["validation"]
     say(f"\nchosen: step {validation['step']:,}, by rsum {validation['value']:.2f} on {run.parts.val.split}")
-    say(f"results: {run.out / RESULTS_NAME}\ncheckpoint: {chosen}")
+    say(f"results: {run.out / RUN_RESULTS_NAME}\ncheckpoint: {chosen}")
 
 
 def _check_folder(out: Path, config: FinetuneConfig) -> None:
@@ -223,7 +222,7 @@ def over_seeds(folders: Sequence[Path]) -> dict[str, Any]:
 
     Raises InputError where they are of different data.
     """
-    found = [Results.load(folder / RESULTS_NAME) for folder in folders]
+    found = [Results.load(folder / RUN_RESULTS_NAME) for folder in folders]
     first = found[0]
     for folder, result in zip(folders, found, strict=True):
         differing = [name for name in _SAME if result.dataset.get(name) != first.dataset.get(name)]

@@ -23,7 +23,7 @@ from eval_suite.model import model_to_evaluate
 from finetune.config import BackboneConfig, FinetuneConfig
 from finetune.data import Parts
 from setclip.checkpoint import OPEN_CLIP_CONFIG_NAME, LoadedModel
-from setclip.errors import InputError
+from setclip.errors import InputError, first_line
 from setclip.images import MEAN, STD
 from setclip.log import say
 from setclip.models.backbones import RECURRENT
@@ -241,7 +241,7 @@ def _load_into_trunk(trunk: torch.nn.Module, name: str, path: Path) -> None:
     except Exception as error:
         raise InputError(
             f"expected weights of timm's {name!r} in {path}, found what cannot be read as such "
-            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); give a safetensors file or "
+            f"({first_line(error)}); give a safetensors file or "
             "a state dict of torch"
         ) from error
 
@@ -420,7 +420,7 @@ def _fetched(name: str, load: Any) -> Any:
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"expected the tower {name!r} with configuration, weights and tokenizer in a folder, in Hugging Face's cache or on "
             f"the Hub, found none ({reason}); fetch it once where there is a network (`hf download {name}`) and share its cache "

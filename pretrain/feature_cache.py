@@ -46,7 +46,7 @@ class FeatureCache:
         parts = []
         with torch.no_grad(), _statistics_unchanged(model):
             for part in self._parts:
-                self._random.append(_random_state(inputs[0].device))
+                self._random.append(random_state(inputs[0].device))
                 parts.append(encode(*part))
         bias = parts[0].logit_bias
         self.features = Features(
@@ -69,7 +69,7 @@ class FeatureCache:
         gradients = [_gradient(value) / number for value in scalars]
         of_images, of_texts = (_gradient(value).chunk(number) for value in (given.images, given.texts))
         for i, (part, state) in enumerate(zip(self._parts, self._random, strict=True)):
-            _set_random_state(state, part[0].device)
+            set_random_state(state, part[0].device)
             again = self._encode(*part)
             pairs = [(again.images, of_images[i]), (again.texts, of_texts[i])]
             values = [value for value in (again.logit_scale, again.logit_bias) if value is not None]
@@ -82,12 +82,13 @@ def _gradient(value: Tensor) -> Tensor:
     return torch.zeros_like(value) if value.grad is None else value.grad
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Returns the state from which dropout on `device` draws (some modules draw on the CPU even then)."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Goes back to a state of `random_state`."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

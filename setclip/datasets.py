@@ -9,6 +9,7 @@ from pathlib import Path
 
 from setclip.errors import InputError
 from setclip.lookup import look_up
+from setclip.manifest import MANIFEST_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,12 @@ DATASETS: dict[str, DatasetPlace] = {
 def data_root() -> Path:
     """Returns $SETCLIP_DATA, or `data` in the working directory."""
     return Path(os.environ.get("SETCLIP_DATA", "data"))
+
+
+def prepared_or_located(name: str) -> Path:
+    """Returns the folder of shards of that name under the data root, else that of a named dataset. Raises as `locate`."""
+    folder = data_root() / name
+    return folder if (folder / MANIFEST_NAME).exists() else locate(name)
 
 
 def locate(name: str) -> Path:

@@ -11,6 +11,12 @@ class InputError(ValueError):
     """Of a command that ends with it."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an exception says, its kind where it says nothing: for "found" in a message of ours."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
 class Unavailable(InputError):
     """A server gave no answer in all tries: nothing is wrong with the command, and later it may go well."""
 

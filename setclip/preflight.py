@@ -26,7 +26,7 @@ from typing import Any
 
 import setclip
 from setclip.config import command, flags_of, parse, words_of
-from setclip.datasets import data_root, locate
+from setclip.datasets import prepared_or_located
 from setclip.errors import InputError
 from setclip.files import sha256_of
 from setclip.hashing import hash_u64
@@ -118,7 +118,7 @@ def look_at_node(config: PreflightConfig, node: str) -> NodeFacts:
     for check in (_gpu_faults, _disk_faults, _folder_faults):
         faults += check(config)
     try:
-        places = config.shards or ((str(_place_of(config.dataset)),) if config.dataset else ())
+        places = config.shards or ((str(prepared_or_located(config.dataset)),) if config.dataset else ())
         folders = [Path(place) for place in places if "://" not in place]
         for folder in dict.fromkeys([*folders, *map(Path, config.others)]):
             faults += _shard_faults(folder, config)
@@ -203,11 +203,6 @@ def with_command(config: PreflightConfig, words: Sequence[str]) -> PreflightConf
 
 
 # --- one node
-
-
-def _place_of(dataset: str) -> Path:
-    folder = data_root() / dataset
-    return folder if (folder / MANIFEST_NAME).exists() else locate(dataset)
 
 
 def _gpu_faults(config: PreflightConfig) -> list[str]:

@@ -1,11 +1,23 @@
 """A page of HTML as tests read it, and the browser that shows it."""
 
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def dumped(path: Path, scratch: Path) -> subprocess.CompletedProcess[str]:
+    """Opens a page in the browser; stdout is what it has become, stderr has what it wrote to its console ("CONSOLE").
+
+    `scratch`: where the browser's profile goes.
+    """
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage"
+    flags += " --disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr --v=0"
+    arguments = [CHROMIUM, *flags.split(), f"--user-data-dir={scratch / 'profile'}", "--dump-dom", path.as_uri()]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
 
 
 class Page(HTMLParser):

@@ -10,14 +10,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from evaluation_samples import write_shards
-from pages import CHROMIUM, Page
+from pages import CHROMIUM, Page, dumped
 from PIL import Image
 
 from eval_suite import report as module
@@ -529,17 +528,9 @@ def test_a_gallery_that_is_no_json_is_refused(evaluated, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 def test_a_browser_shows_every_picture_and_neither_phone_nor_desk_scrolls_sideways(page, tmp_path):
-    def dumped(path):
-        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage"
-        flags += (
-            " --disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr --v=0"
-        )
-        command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-
     whole = tmp_path / "report.html"
     whole.write_text(page.source, encoding="utf-8")
-    assert "CONSOLE" not in dumped(whole).stderr
+    assert "CONSOLE" not in dumped(whole, tmp_path).stderr
 
     # The page's own policy forbids scripts, and a window is 500 wide at least: frames of both widths, looked into.
     frames = "".join(
@@ -555,6 +546,6 @@ def test_a_browser_shows_every_picture_and_neither_phone_nor_desk_scrolls_sidewa
     frame = tmp_path / "frame.html"
     frame.write_text(f"<!DOCTYPE html><body>{frames}{look}</body>", encoding="utf-8")
     number = len(page.all("img"))
-    found = re.search(r'data-found="([^"]*)"', dumped(frame).stdout)[1]
+    found = re.search(r'data-found="([^"]*)"', dumped(frame, tmp_path).stdout)[1]
     # On a phone the wide tables scroll in their own boxes.
     assert found == f"360 true {number} true, 1200 true {number} false"

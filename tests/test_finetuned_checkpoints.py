@@ -4,7 +4,6 @@ import dataclasses
 import html as html_escapes
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 from evaluation_samples import write_run
 from finetune_material import command, sample, words, write_pretrained, write_shards
-from pages import CHROMIUM, Page
+from pages import CHROMIUM, Page, dumped
 
 from eval_suite import diagnostics, embed, index
 from eval_suite.embed_files import Embeddings
@@ -161,15 +160,7 @@ def test_a_similarity_that_does_not_compare_single_elements_is_refused_before_al
 def test_a_browser_shows_the_pictures_of_heads_and_neither_phone_nor_desk_scrolls_sideways(place, tmp_path, run):
     pages = [diagnosed(run, place, name, tmp_path / f"{name}.json")[1] for name in ("slot", "dhset")]
 
-    def dumped(path):
-        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage"
-        flags += (
-            " --disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr --v=0"
-        )
-        arguments = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
-        return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
-
-    assert "CONSOLE" not in dumped(tmp_path / "slot.html").stderr
+    assert "CONSOLE" not in dumped(tmp_path / "slot.html", tmp_path).stderr
     frames = "".join(
         f'<iframe style="width:{width}px;height:900px" srcdoc="{html_escapes.escape(page.source)}"></iframe>'
         for page in pages
@@ -183,7 +174,7 @@ def test_a_browser_shows_the_pictures_of_heads_and_neither_phone_nor_desk_scroll
     )
     frame = tmp_path / "frame.html"
     frame.write_text(f"<!DOCTYPE html><body>{frames}{look}</body>", encoding="utf-8")
-    found = re.search(r'data-found="([^"]*)"', dumped(frame).stdout)[1]
+    found = re.search(r'data-found="([^"]*)"', dumped(frame, tmp_path).stdout)[1]
     slot, dhset = f"true {6 * 3} 1", "true 0 4"  # a drawing of a word; and three of sub-spaces
     assert found == f"{slot}, {slot}, {dhset}, {dhset}"
 

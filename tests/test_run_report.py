@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import pytest
 from evaluation_samples import write_class_folders
 from material import damage_image, write_model, write_shards
-from pages import CHROMIUM, Page
+from pages import CHROMIUM, Page, dumped
 from PIL import Image
 
 from pretrain import report, training
@@ -526,16 +525,8 @@ def test_what_is_wrong_is_remarked_alone(run, remark):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 def test_a_browser_shows_every_picture_and_neither_phone_nor_desk_scrolls_sideways(page, place, tmp_path):
-    def dumped(path):
-        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage"
-        flags += (
-            " --disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr --v=0"
-        )
-        words = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-
     both = Page(report.write_report([place / "runs" / "soft", place / "runs" / "hard"], tmp_path / "both.html"))
-    assert "CONSOLE" not in dumped(place / "runs" / "soft" / "report.html").stderr
+    assert "CONSOLE" not in dumped(place / "runs" / "soft" / "report.html", tmp_path).stderr
 
     # The page's own policy forbids scripts, and a window is 500 wide at least: frames of both widths, looked into.
     frames = "".join(
@@ -551,7 +542,7 @@ def test_a_browser_shows_every_picture_and_neither_phone_nor_desk_scrolls_sidewa
     )
     frame = tmp_path / "frame.html"
     frame.write_text(f"<!DOCTYPE html><body>{frames}{look}</body>", encoding="utf-8")
-    found = re.search(r'data-found="([^"]*)"', dumped(frame).stdout)[1]
+    found = re.search(r'data-found="([^"]*)"', dumped(frame, tmp_path).stdout)[1]
     numbers = [len(page.all("img")), len(both.all("img"))]
     assert numbers[0] > 10
     assert found == ", ".join(f"{width} true {number}" for number in numbers for width in (360, 1200))

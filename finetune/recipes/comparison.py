@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from eval_suite.protocols import DIRECTIONS, RECALLS
-from eval_suite.results import protocol_words, split_protocol
+from eval_suite.results import RUN_RESULTS_NAME, protocol_words, split_protocol
 from finetune.recipes import PAPERS, ROWS, Row
 from finetune.recipes.parts import GLOVE
 from setclip import config as configuration
@@ -21,7 +21,6 @@ from setclip.errors import InputError
 from setclip.files import replacing, write_json
 from setclip.models.backbones import RECURRENT
 
-RESULTS_NAME = "results.json"
 TABLE_NAME = "results.md"
 ENTRY = "published"
 """Of results.json"""
@@ -88,7 +87,7 @@ def title_of(name: str) -> str:
 
 def write_comparison(folder: Path, name: str) -> str:
     """Adds the comparison to a run's results.json, writes results.md beside it, and returns its text. Call on rank 0 alone."""
-    path = folder / RESULTS_NAME
+    path = folder / RUN_RESULTS_NAME
     content = json.loads(path.read_text(encoding="utf-8"))
     found = compared(name, content, folder)
     if "details" in content:
@@ -124,17 +123,17 @@ def table_of(folders: Sequence[Path]) -> str:
     """Returns Markdown with one line a run, ours and published side by side, for each kind of metrics. Raises InputError."""
     found = []
     for folder in folders:
-        path = folder / RESULTS_NAME
+        path = folder / RUN_RESULTS_NAME
         if not path.is_file():
             raise InputError(
-                f"expected a run that has ended at {folder}, found no {RESULTS_NAME} there; give folders of finetune.run or "
+                f"expected a run that has ended at {folder}, found no {RUN_RESULTS_NAME} there; give folders of finetune.run or "
                 "finetune.ensemble"
             )
         content = json.loads(path.read_text(encoding="utf-8"))
         entry = content.get("details", content).get(ENTRY)
         if entry is None:
             raise InputError(
-                f"expected a run of a paper's row at {folder}, found none in its {RESULTS_NAME}; `python -m finetune.recipes "
+                f"expected a run of a paper's row at {folder}, found none in its {RUN_RESULTS_NAME}; `python -m finetune.recipes "
                 "--list` lists the recipes that have one"
             )
         found.append((folder, compared(entry["row"], content, folder)))

@@ -17,7 +17,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from setclip.errors import InputError
+from setclip.errors import InputError, first_line
 from setclip.lookup import look_up
 
 _OWN_CONFIGS = Path(__file__).parent
@@ -104,7 +104,7 @@ def _cannot_build(config: Mapping[str, Any], error: Exception) -> InputError:
     timm_name, text_name = (
         config[c].get(n) for c, n in (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name"))
     )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if isinstance(error, OSError):  # what huggingface_hub and transformers raise
         return InputError(
             f"expected the text tower {text_name!r} or weights of {timm_name or text_name!r} in Hugging Face's cache or on the "

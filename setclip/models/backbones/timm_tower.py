@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor
 
-from setclip.errors import InputError
+from setclip.errors import InputError, first_line
 from setclip.models.backbones.base import Features, ImageTower, places_of
 from setclip.models.heads import SideWidths, side_by_side
 
@@ -75,7 +75,7 @@ class TimmTower(ImageTower):
             what = f"{self.maps} maps of different scales" if self.maps > 1 else "local features"
             raise InputError(
                 f"expected {what} from timm's {self.name!r} for pictures of {self.image_size} pixels, found none "
-                f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); take another model, "
+                f"({first_line(error)}); take another model, "
                 "size (--backbone.image-size) or number of --backbone.maps"
             ) from error
         self.trunk.train(was_training)
@@ -112,6 +112,6 @@ def make_trunk(name: str, image_size: int | None, **more: Any) -> torch.nn.Modul
             raise
         raise InputError(
             f"expected timm to build {name!r}{f' for {image_size} pixels' if differs else ''}, found that it cannot "
-            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); take another name (its "
+            f"({first_line(error)}); take another name (its "
             "weights are what stands behind the dot) or --backbone.image-size"
         ) from error
