@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +227,25 @@ def test_an_experiment_that_breaks_off_does_only_what_is_missing(tmp_path, fails
     assert run_all(experiment_of(calls), tmp_path / "broken") == 0
     assert calls[-1] != "prepared"  # nothing is prepared where nothing is missing
     assert not list((tmp_path / "broken/runs").glob("*"))
+
+
+def test_two_calls_at_once_share_the_runs_and_make_none_twice(tmp_path):
+    calls: list = []
+    experiment = experiment_of(calls)
+    both = threading.Barrier(2, timeout=30)
+
+    def run(prepared, settings, seed, place):
+        if seed == 0 and settings["base"] == 10.0:
+            both.wait()  # the two candidates are tried at once, so by two calls
+        return experiment.run(prepared, settings, seed, place)
+
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: run_all(replace(experiment, run=run), tmp_path), range(2)))
+    assert sum(made) == 8
+    assert min(made) > 0
+    runs = [call for call in calls if call != "prepared"]
+    assert sorted(runs, key=str) == sorted(set(runs), key=str)
+    assert len(runs) == 8
 
 
 def test_no_run_is_begun_that_would_end_after_the_hours_of_a_sitting(tmp_path):

@@ -22,7 +22,7 @@ from pretrain.config import RECIPES, PretrainConfig
 from setclip import config as configuration
 from setclip.manifest import MANIFEST_NAME
 
-STEPS, BATCH = 300, 256
+STEPS, BATCH = 200, 256
 SAMPLES = 20_000
 TOP1_MARGIN = 1.0
 RSUM_MARGIN = 5.0

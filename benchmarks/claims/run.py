@@ -4,8 +4,9 @@
     python -m benchmarks.claims labels --max-hours 0.5      # one sitting; the same command goes on
     python -m benchmarks.claims sets --table-only True      # the page of what is there
 
-Every run is a file of its own under --out, so an experiment goes on at any point; at the end of each sitting the page
-is written anew: PAGES/NAME.md, .json and .svg. `NAME --help` lists the flags.
+Every run is a file of its own under --out, so an experiment goes on at any point, and the same command started twice,
+on two cores (OMP_NUM_THREADS=1) or machines with one folder, shares the runs. At the end of each sitting the page is
+written anew: PAGES/NAME.md, .json and .svg. `NAME --help` lists the flags.
 """
 
 import json

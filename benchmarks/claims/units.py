@@ -5,8 +5,11 @@
     WORK/runs/…                        of units that are not done
 
 Killed at any time, the same call goes on: a unit is done when its file is there, and a run goes on from its own checkpoints.
+Several calls at once, on cores or machines that share the folder, share the units: each takes those that no other holds.
 """
 
+import contextlib
+import fcntl
 import json
 import re
 import resource
@@ -100,6 +103,7 @@ def tasks_of(experiment: Experiment, work: Path, seeds: int) -> Iterator[Task]:
     """Yields what there is to do, done or not: the first seed of everything, then seed by seed what was chosen.
 
     An experiment that is broken off then is a fair one with fewer seeds. Arms that come last follow in the same way.
+    What waits for candidates that another call is trying is left out.
     """
     for is_last in (False, True):
         arms = {name: arm for name, arm in experiment.arms.items() if arm.comes_last == is_last}
@@ -110,8 +114,8 @@ def tasks_of(experiment: Experiment, work: Path, seeds: int) -> Iterator[Task]:
             for name, arm in arms.items():
                 if not arm.is_fixed:
                     task = chosen_task(experiment, work, name, seed)
-                    assert task is not None  # the first seed of everything was before
-                    yield task
+                    if task is not None:
+                        yield task
 
 
 def run_missing(
@@ -123,64 +127,93 @@ def run_missing(
     before tell, not end within it.
     """
     begun = time.monotonic()
-    folder = units_folder(work)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_partial(folder)
+    units_folder(work).mkdir(parents=True, exist_ok=True)
     read_units(work, common_settings(experiment, options))
     prepared: Any = None
     common: dict[str, Any] = {}
     done, longest = 0, 0.0
-    for task in tasks_of(experiment, work, seeds):
-        if read_unit(work, task) is not None:
-            continue
-        if prepared is None:
-            prepared = _prepared(experiment, work, shared, options)
-            common = made_with(experiment, options, prepared)
-            read_units(work, common)
-        if max_hours is not None and time.monotonic() - begun + longest > 3600 * max_hours:
-            say(f"--max-hours {max_hours:g} is used up; the same command goes on with {task.name}")
+    while True:
+        before, others = done, 0
+        for task in tasks_of(experiment, work, seeds):
+            if read_unit(work, task) is not None:
+                continue
+            with _held(work / "locks" / task.name) as is_ours:
+                if not is_ours:
+                    others += 1
+                    continue
+                if read_unit(work, task) is not None:
+                    continue
+                if prepared is None:
+                    prepared = _prepared(experiment, work, shared, options)
+                    common = made_with(experiment, options, prepared)
+                    read_units(work, common)
+                if max_hours is not None and time.monotonic() - begun + longest > 3600 * max_hours:
+                    say(f"--max-hours {max_hours:g} is used up; the same command goes on with {task.name}")
+                    return done
+                longest = max(longest, _run(experiment, prepared, task, common, work))
+                done += 1
+        if done == before:
+            if others:
+                say(f"{others} runs are being made by other calls; the page is of what is there now")
             return done
-        place = work / "runs" / task.name
-        say(f"\n{task.name}: {dict(task.settings)}")
-        start, cpu = time.monotonic(), _cpu_seconds()
-        found = experiment.run(prepared, task.settings, task.seed, place)
-        seconds = time.monotonic() - start
-        longest = max(longest, seconds)
-        write_json(
-            folder / f"{task.name}.json",
-            {
-                "arm": task.arm,
-                "candidate": task.candidate,
-                "seed": task.seed,
-                "settings": dict(task.settings),
-                "made_with": common,
-                **asdict(found),
-                "seconds": round(seconds, 2),
-                "cpu_seconds": round(_cpu_seconds() - cpu, 2),
-                "provenance": describe(),
-            },
-        )
-        remove(place)
-        done += 1
-        say(f"{task.name}: done in {duration(seconds)}")
-    return done
+
+
+def _run(experiment: Experiment, prepared: Any, task: Task, common: Mapping[str, Any], work: Path) -> float:
+    """Makes a unit; returns its seconds."""
+    place = work / "runs" / task.name
+    say(f"\n{task.name}: {dict(task.settings)}")
+    start, cpu = time.monotonic(), _cpu_seconds()
+    found = experiment.run(prepared, task.settings, task.seed, place)
+    seconds = time.monotonic() - start
+    remove_partial(units_folder(work), task.name)
+    write_json(
+        units_folder(work) / f"{task.name}.json",
+        {
+            "arm": task.arm,
+            "candidate": task.candidate,
+            "seed": task.seed,
+            "settings": dict(task.settings),
+            "made_with": common,
+            **asdict(found),
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(_cpu_seconds() - cpu, 2),
+            "provenance": describe(),
+        },
+    )
+    remove(place)
+    say(f"{task.name}: done in {duration(seconds)}")
+    return seconds
+
+
+@contextlib.contextmanager
+def _held(path: Path, *, waits: bool = False) -> Iterator[bool]:
+    """Holds the lock of a file while within; yields whether it is ours. It ends with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def _prepared(experiment: Experiment, work: Path, shared: Path, options: Options) -> Any:
-    start, cpu = time.monotonic(), _cpu_seconds()
-    prepared = experiment.prepare(work, shared, options)
-    path = work / "prepared.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cpu_seconds": 0.0, "sittings": 0}
-    write_json(
-        path,
-        {
-            **before,
-            "cpu_seconds": round(before["cpu_seconds"] + _cpu_seconds() - cpu, 2),
-            "sittings": before["sittings"] + 1,
-            "last_seconds": round(time.monotonic() - start, 2),
-        },
-    )
-    return prepared
+    with _held(shared / ".lock", waits=True):  # experiments share it
+        start, cpu = time.monotonic(), _cpu_seconds()
+        prepared = experiment.prepare(work, shared, options)
+        path = work / "prepared.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cpu_seconds": 0.0, "sittings": 0}
+        write_json(
+            path,
+            {
+                **before,
+                "cpu_seconds": round(before["cpu_seconds"] + _cpu_seconds() - cpu, 2),
+                "sittings": before["sittings"] + 1,
+                "last_seconds": round(time.monotonic() - start, 2),
+            },
+        )
+        return prepared
 
 
 def _cpu_seconds() -> float:
