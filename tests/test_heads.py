@@ -20,7 +20,7 @@ from setclip.models.heads.local import Local
 from setclip.models.heads.pie import Pie
 from setclip.models.heads.slot import Slot
 from setclip.models.heads.transformer import Transformer
-from setclip.models.matching import MATCHINGS, DhSetRows, make_matching, score_matrix
+from setclip.models.matching import MATCHINGS, DhSetRows, blocks, make_matching, score_matrix
 from setclip.models.subspaces import SubSpaces, soft_mask, thresholds
 from setclip.similarity import make_similarity
 
@@ -864,6 +864,34 @@ def test_what_masked_places_hold_does_not_change_a_matching():
     for name in ("scan", "max_mean"):
         matching = make_matching(name)
         torch.testing.assert_close(matching(images, texts, None, VALID), matching(images, spoilt, None, VALID))
+
+
+@pytest.mark.parametrize("name", ["scan", "scan t2i", "dhset_fragment", "hybrid of dhset_fragment", "laps"])
+def test_texts_of_like_length_are_compared_together_with_the_same_scores(name, monkeypatch):
+    if "dhset" in name:
+        matching = make_matching("dhset_fragment", inference="hybrid" if "hybrid" in name else "set")
+        k = matching.num_elements
+    else:
+        options = {"scan t2i": {"direction": "t2i"}, "laps": {"width": D, "num_patches": N}}
+        matching, k = make_matching(name.split()[0], **options.get(name, {})), 1
+    matching = matching.double()
+    random = torch.Generator().manual_seed(0)
+    num_texts, num_words = 40, 12
+    mask = torch.rand(num_texts, num_words, generator=random) < 0.7  # with holes
+    mask &= torch.arange(num_words) < torch.randint(1, 9, (num_texts, 1), generator=random)
+    mask[:, 0] = True
+    mask = mask.repeat_interleave(k, 1)
+    images = normalize(draw(B, N, D, seed=1), dim=-1)
+    texts = normalize(draw(num_texts, num_words * k, D, seed=2), dim=-1)
+    with torch.no_grad():
+        expected = matching(images, texts, None, mask)
+        monkeypatch.setitem(blocks._PAIRS, "cpu", 9 * N * 3 * k)  # blocks of few texts
+        seen = []
+        matching.register_forward_pre_hook(lambda module, given: seen.append(given[1].shape[1] // k))
+        found = score_matrix(matching, images, texts.masked_fill(~mask[..., None], torch.nan), None, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert max(seen) == 8
+    assert min(seen) < 4
 
 
 def test_every_similarity_is_a_matching_and_every_head_names_one():

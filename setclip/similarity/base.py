@@ -14,6 +14,9 @@ from setclip.errors import InputError
 class SetSimilarity(nn.Module):
     """How alike two sets are; higher is more alike."""
 
+    elements_of_word: int | None = None
+    """Text elements side by side that are one word, where words that are masked can as well not be there; None: they cannot."""
+
     def forward(
         self,
         image_sets: Tensor,

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from setclip.similarity import GridSimilarity, SetSimilarity, VectorSimilarity, similarity_matrix
@@ -24,9 +25,51 @@ def score_matrix(
     `block_size` sets a side; None: as many as are fast.
 
     As `setclip.similarity.similarity_matrix`, of matching whose elements are all inputs as well. With gradient the backward
-    pass makes each block again.
+    pass makes each block again. Without gradient matching of fragments takes texts of about the same length together.
     """
-    if block_size is None and not isinstance(similarity, GridSimilarity | VectorSimilarity):
-        pairs = _PAIRS.get(image_sets.device.type, _PAIRS_ELSEWHERE)
-        block_size = max(1, math.isqrt(pairs // max(1, image_sets.shape[1] * text_sets.shape[1])))
-    return similarity_matrix(similarity, image_sets, text_sets, image_mask, text_mask, block_size)
+    if block_size is not None or isinstance(similarity, GridSimilarity | VectorSimilarity):
+        return similarity_matrix(similarity, image_sets, text_sets, image_mask, text_mask, block_size)
+    of_word = similarity.elements_of_word
+    if of_word is None or text_mask is None or torch.is_grad_enabled() or not len(text_sets):
+        size = _size(image_sets, text_sets.shape[1])
+        return similarity_matrix(similarity, image_sets, text_sets, image_mask, text_mask, size)
+    return _by_length(similarity, image_sets, text_sets, image_mask, text_mask, of_word)
+
+
+def _size(image_sets: Tensor, num_text_elements: int) -> int:
+    """Returns the sets a side of a block that are fast."""
+    pairs = _PAIRS.get(image_sets.device.type, _PAIRS_ELSEWHERE)
+    return max(1, math.isqrt(pairs // max(1, image_sets.shape[1] * num_text_elements)))
+
+
+def _by_length(
+    similarity: SetSimilarity,
+    image_sets: Tensor,
+    text_sets: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor,
+    of_word: int,
+) -> Tensor:
+    """Returns the scores of texts of about the same length together, without the places that are masked in all of them.
+
+    Captions are half as long as the longest on the average, and so is this as what pads them.
+    """
+    places = torch.arange(1, text_mask.shape[1] + 1, device=text_mask.device)
+    lengths = (text_mask * places).amax(1)  # up to the last that is there
+    lengths = (lengths + of_word - 1) // of_word * of_word
+    lengths, order = lengths.sort(descending=True, stable=True)
+    scores = None
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[start]))
+        size = _size(image_sets, longest)
+        own = order[start : start + size]
+        part = similarity_matrix(
+            similarity, image_sets, text_sets[own, :longest], image_mask, text_mask[own, :longest], size
+        )
+        if scores is None:
+            scores = part.new_empty(len(image_sets), len(text_sets))
+        scores[:, own] = part
+        start += size
+    assert scores is not None
+    return scores

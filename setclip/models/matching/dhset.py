@@ -46,6 +46,7 @@ class DhSetFragment(SetSimilarity):
         check_choice("norm", norm, ("cos", "none"))
         check_choice("inference", inference, ("set", "hybrid"))
         self.num_elements, self.norm, self.inference = num_elements, norm, inference
+        self.elements_of_word = num_elements
         start = torch.tensor(checked_range("scale", scale))
         if learns_scale:
             self.scale = nn.Parameter(start)
@@ -167,6 +168,7 @@ class HybridOf(SetSimilarity):
     def __init__(self, trained: DhSetFragment | DhSetRows):
         super().__init__()
         self._trained = (trained,)
+        self.elements_of_word = trained.elements_of_word
 
     def check_sizes(self, num_image_elements: int, num_text_elements: int) -> None:
         self._trained[0].check_sizes(num_image_elements, num_text_elements)

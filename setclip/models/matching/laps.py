@@ -29,6 +29,8 @@ class Laps(SetSimilarity):
     one, and with gradient each is made again in the backward pass: no tensor is larger than (Ni, ρN, D).
     """
 
+    elements_of_word = 1
+
     def __init__(self, width: int, num_patches: int, keep: float = 0.5, merge: float = 0.4, class_token: bool = False):
         super().__init__()
         for name, value in (("keep", keep), ("merge", merge)):

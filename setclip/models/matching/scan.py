@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from setclip.models.matching.fragments import (
-    EPSILON,
     checked_range,
     grid_of,
     lengths_over_images,
     lengths_over_texts,
     mean_along,
+    scaled_to_length,
 )
 from setclip.models.pieces import check_choice
 from setclip.similarity import SetSimilarity
@@ -37,6 +37,8 @@ class Scan(SetSimilarity):
 
     Takes sets of unit norm. Memory is that of a few tensors of (Ni, N, M, Nt).
     """
+
+    elements_of_word = 1
 
     def __init__(
         self,
@@ -78,12 +80,12 @@ class Scan(SetSimilarity):
         of_images = None if image_mask is None else image_mask[:, :, None]  # (Ni, N, 1)
         of_texts = None if text_mask is None else text_mask.T[None]  # (1, M, Nt)
         if self.direction == "i2t":
-            logits = self.sharpness * torch.nn.functional.normalize(clipped, dim=1, eps=EPSILON)
+            logits = scaled_to_length(clipped, self.sharpness, 1)
             if of_texts is not None:
                 logits = logits.masked_fill(~of_texts[:, None], -torch.inf)
             attention = logits.softmax(2)
             return (attention * grid).sum(2) / lengths_over_texts(attention, texts), of_images
-        logits = self.sharpness * torch.nn.functional.normalize(clipped, dim=2, eps=EPSILON)
+        logits = scaled_to_length(clipped, self.sharpness, 2)
         if of_images is not None:
             logits = logits.masked_fill(~of_images[..., None], -torch.inf)
         attention = logits.softmax(1)
