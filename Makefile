@@ -48,7 +48,7 @@ demo: $(VENV)/.installed ## run the whole road on the embedded corpus and write 
 
 test: $(VENV)/.installed img2dataset open-clip ## run all tests that need only Python packages
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-		$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
+		$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 test-llm: vllm ## run the tests with the real vLLM, which `make test` leaves out
 	@$(BIN)/python -m pytest -m "llm and not soak" --numprocesses 2 --dist loadgroup $(PYTEST_FLAGS)

@@ -25,12 +25,12 @@ def score_matrix(
     `block_size` sets a side; None: as many as are fast.
 
     As `setclip.similarity.similarity_matrix`, of matching whose elements are all inputs as well. With gradient the backward
-    pass makes each block again. Without gradient matching of fragments takes texts of about the same length together.
+    pass makes each block again. Matching of fragments takes texts of about the same length together.
     """
     if block_size is not None or isinstance(similarity, GridSimilarity | VectorSimilarity):
         return similarity_matrix(similarity, image_sets, text_sets, image_mask, text_mask, block_size)
     of_word = similarity.elements_of_word
-    if of_word is None or text_mask is None or torch.is_grad_enabled() or not len(text_sets):
+    if of_word is None or text_mask is None or not len(text_sets):
         size = _size(image_sets, text_sets.shape[1])
         return similarity_matrix(similarity, image_sets, text_sets, image_mask, text_mask, size)
     return _by_length(similarity, image_sets, text_sets, image_mask, text_mask, of_word)
@@ -58,18 +58,18 @@ def _by_length(
     lengths = (text_mask * places).amax(1)  # up to the last that is there
     lengths = (lengths + of_word - 1) // of_word * of_word
     lengths, order = lengths.sort(descending=True, stable=True)
-    scores = None
-    start = 0
-    while start < len(order):
-        longest = max(1, int(lengths[start]))
-        size = _size(image_sets, longest)
-        own = order[start : start + size]
-        part = similarity_matrix(
-            similarity, image_sets, text_sets[own, :longest], image_mask, text_mask[own, :longest], size
-        )
-        if scores is None:
-            scores = part.new_empty(len(image_sets), len(text_sets))
-        scores[:, own] = part
-        start += size
-    assert scores is not None
-    return scores
+    longest: list[int] = []
+    sizes: list[int] = []
+    while (start := sum(sizes)) < len(order):
+        longest.append(max(1, int(lengths[start])))
+        sizes.append(min(_size(image_sets, longest[-1]), len(order) - start))
+    scores = []
+    parts = zip(text_sets[order].split(sizes), text_mask[order].split(sizes), longest, strict=True)
+    for texts, mask, length in parts:
+        size = _size(image_sets, length)
+        if len(sizes) > 1:
+            size = min(
+                size, -(-len(image_sets) // 2)
+            )  # what is one block is kept for the backward pass, not made again
+        scores.append(similarity_matrix(similarity, image_sets, texts[:, :length], image_mask, mask[:, :length], size))
+    return torch.cat(scores, 1)[:, order.argsort()]
