@@ -116,7 +116,7 @@ def _one(run: Run, world: World) -> None:
     start = start_of(run, world) if config.resume else _anew(run)  # raises before anything of another run is changed
     if world.rank == 0:
         run.out.mkdir(parents=True, exist_ok=True)
-        configuration.save(run.out / "config.yaml", replace(config, resume=False, overwrite=False))
+        configuration.save(run.out / configuration.CONFIG_NAME, replace(config, resume=False, overwrite=False))
         remove(run.out / RUN_RESULTS_NAME)  # which say that it has ended
     distributed.broadcast(None)
     with StopRequest() as request:

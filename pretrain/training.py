@@ -393,7 +393,7 @@ def _prepare_folder(plan: Plan, config: PretrainConfig, start: Start) -> None:
     plan.out.mkdir(parents=True, exist_ok=True)
     # What a resume would be given: the same settings, without the words that remove or change the run.
     settings = replace(config, out=plan.out, overwrite=False, resume=False, change=False)
-    configuration.save(plan.out / "config.yaml", settings)
+    configuration.save(plan.out / configuration.CONFIG_NAME, settings)
 
 
 def _all_skips(loader: Loader) -> dict[int, int]:

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from setclip.config import command, parse
+from setclip.config import CONFIG_NAME, command, parse
 from setclip.errors import InputError
 from setclip.log import duration, say
 from setclip.manifest import MANIFEST_NAME, PARSING_NAME, WORK_NAME
@@ -265,7 +265,7 @@ def _finetuning(run: Path) -> tuple[str, str, str]:
     )
     entries = _json_lines(files[-1]) if files else []
     lines = [entry for entry in entries if entry.get("epoch") and "loss" in entry]
-    settings = files[-1].with_name("config.yaml") if files else run
+    settings = files[-1].with_name(CONFIG_NAME) if files else run
     if not lines or not settings.is_file():
         return "", "", ""
     config = yaml.safe_load(settings.read_text(encoding="utf-8"))

@@ -59,7 +59,7 @@ def compared(name: str, content: Mapping[str, Any], folder: Path | None = None) 
         for metric, value in row.metrics.items()
     ]
     if row.log_variance is not None:
-        found = _diagnosed(folder)
+        found = _diagnosed(folder, content["dataset"])
         entries += [
             {"metric": metric, "ours": found.get(metric), "published": row.log_variance} for metric in _VARIANCES
         ]
@@ -261,11 +261,14 @@ def _with_sums(values: dict[str, dict[str, Any]], wanted: Mapping[str, float]) -
     return values
 
 
-def _diagnosed(folder: Path | None) -> dict[str, float]:
-    """Returns log circular variances that `eval_suite.diagnostics` has written into the run, if it has."""
+def _diagnosed(folder: Path | None, dataset: Mapping[str, Any]) -> dict[str, float]:
+    """Returns log circular variances that `eval_suite.diagnostics` has written into the run of these data, if it has."""
     found: dict[str, float] = {}
     for path in sorted((folder / "results").glob("diagnostics_*.json")) if folder is not None else ():
-        metrics = json.loads(path.read_text(encoding="utf-8")).get("metrics", {})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if any(content["dataset"].get(key) != dataset.get(key) for key in ("split", "images")):
+            continue
+        metrics = content["metrics"]
         found |= {name: metrics[name]["value"] for name in _VARIANCES if name in metrics}
     return found
 
