@@ -63,7 +63,7 @@ class Site:
             "--model.name", model, "--data.workers", 0, "--data.num-lanes", 8, "--data.augment.kind", "none",
             "--global-batch-size", 8, "--steps", STEPS, "--log-every-steps", 1, "--save.every-steps", 5, "--save.keep", 9,
         ]  # fmt: skip
-        tuning = [
+        self.tuning = [
             "--head", "slot", "--width", 32, "--options", "num_elements=2", "blocks=1", "heads=2", "head_width=16",
             "--backbone.freeze", "none", "--workers", 0, "--batch-size", 16, "--epochs", 6, "--eval-every", 3,
             "--log-every-steps", 1,
@@ -78,7 +78,7 @@ class Site:
             "PRETRAIN_SBATCH": "--nodes=1-2 --ntasks=4 --exclude=node3,node4 --time=4 --signal=B:USR1@240",
             "PRETRAIN_ARGS": " ".join(map(str, self.training)),
             "FINETUNE_SBATCH": "--nodes=2 --ntasks-per-node=1 --exclude=node3,node4",
-            "FINETUNE_ARGS": " ".join(map(str, tuning)),
+            "FINETUNE_ARGS": " ".join(map(str, self.tuning)),
             "EVALUATE_SBATCH": "--cpus-per-task=2", "EVALUATE_ARGS": "--workers 0 --resamples 10",
         }  # fmt: skip
 
@@ -308,7 +308,7 @@ def test_pretraining_survives_what_happens_on_a_cluster(site, chain):
     cluster.boot("node2", wait=False)
     assert site.ended(job) == "COMPLETED", site.log(job)[-3000:]
     assert troubled_run.ended(reference, seconds=300) == [0] * 4, (site.folder / "said.0").read_text()[-2000:]
-    assert_same_end(site.run, undisturbed)
+    assert_same_end(site.run, undisturbed, STEPS)
 
     # The logs tell it.
     log = site.log(job)
@@ -333,6 +333,34 @@ def test_the_chain_ends_in_a_fine_tuned_model_and_results(site, chain):
     cluster, job = site.cluster, chain["finetune:cc12m"]
     site.wait(lambda: max(steps_of(site.tuned), default=0) >= 5, "five steps of the fine-tuning", job)
     with standing(cluster, "finetune.run"):
+        # Meanwhile, the same in as many ranks, with nothing in between.
+        undisturbed = site.folder / "undisturbed-tuning"
+        words = [
+            "plain",
+            "--model",
+            site.run,
+            "--data",
+            site.data,
+            "--out",
+            undisturbed,
+            "--ranks",
+            2,
+            "--device",
+            "cpu",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "finetune.run",
+        ]
+        with open(site.folder / "said.tuning", "w") as said:
+            reference = subprocess.Popen(
+                [*command, *map(str, [*words, *site.tuning])], stdout=said, stderr=said, cwd=HERE.parent
+            )
         cluster.run("scancel", "--signal=USR1", job)
     site.queued_again(job, 1, "a signal")
     stopped = steps_of(site.tuned)[-1]
@@ -341,7 +369,8 @@ def test_the_chain_ends_in_a_fine_tuned_model_and_results(site, chain):
     assert re.search(row, site.shown(), re.MULTILINE)
     cluster.start_now(job)
     assert site.ended(job) == "COMPLETED", site.log(job)[-3000:]
-    assert steps_of(site.tuned) == list(range(1, TUNING_STEPS + 1)), "no step twice, none left out"
+    assert reference.wait(300) == 0, (site.folder / "said.tuning").read_text()[-3000:]
+    assert_same_end(site.tuned, undisturbed, TUNING_STEPS)
     log = site.log(job)
     heads = re.findall(rf"^=== finetune_cc12m, job {job}, attempt (\d), on node\[1-2\]", log, re.MULTILINE)
     assert heads == ["1", "2"]
@@ -413,17 +442,17 @@ def test_a_list_is_downloaded(site, fetched):
     assert list((site.folder / "fetched/cc12m").rglob("*.tar"))
 
 
-def assert_same_end(out, expected):
+def assert_same_end(out, expected, steps):
     """Weights and moments of two runs are equal to the last bit, and each step was trained and logged once."""
     last, wanted = checkpoints_of(out)[-1], checkpoints_of(expected)[-1]
-    assert last.name == wanted.name == f"step-{STEPS:08d}"
+    assert last.name == wanted.name == f"step-{steps:08d}"
     for name in ("model.safetensors", "optimizer.safetensors"):
         one, two = load_file(wanted / name), load_file(last / name)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one), name
     curves = [
-        [(e["step"], e["samples_seen"], e["loss"]) for e in lines_of(run / "metrics.jsonl") if "loss" in e]
+        [(e["step"], e.get("samples_seen"), e["loss"]) for e in lines_of(run / "metrics.jsonl") if "loss" in e]
         for run in (expected, out)
     ]
-    assert [step for step, _, _ in curves[1]] == list(range(1, STEPS + 1))
+    assert [step for step, _, _ in curves[1]] == list(range(1, steps + 1))
     assert curves[0] == curves[1]
