@@ -6,9 +6,9 @@ A scratch folder is the working directory and $SETCLIP_DATA lies in it; `make` r
 goes first; each other one goes on from what the first has made, in a folder of its own (a copy), so that none needs another,
 unless a line of it says so: <!-- commands run after docs/data.md -->. So many run at a time as --jobs says.
 
-Commands that train are shortened by flags put behind them (SHORTER). Each command is printed with its seconds; one that
-fails, or takes longer than _LONGEST, ends it all. A block that names $SETCLIP_REAL_DATA, or what is made of it (photos), is
-left out, said so, where that is not set.
+Commands that a test runs are left out (ELSEWHERE). Those that train are shortened by flags put behind them (SHORTER). Each
+command is printed with its seconds; one that fails, or takes longer than _LONGEST, ends it all. A block that names
+$SETCLIP_REAL_DATA, or what is made of it (photos), is left out, said so, where that is not set.
 """
 
 import argparse
@@ -27,8 +27,10 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
+ELSEWHERE = {"make demo": "tests/test_demo.py"}
+"""Commands that a test has run, so that they are left out here."""
+
 SHORTER = {
-    "make demo": 'DEMO_FLAGS="--fast True"',
     "python -m data_prep.run scenes": "--samples 3000",
     "python -m pretrain.run": "--steps 3",
     "torchrun": "--steps 3",
@@ -108,6 +110,9 @@ def run_documents(documents: list[Path], folder: Path, environment: dict[str, st
                 say(f"{document}: left out, because SETCLIP_REAL_DATA is not set:\n{block}")
                 continue
             for command in commands(language, block):
+                if command in ELSEWHERE:
+                    say(f"{document}: $ {command}\n(run by {ELSEWHERE[command]})\n")
+                    continue
                 said, status = run(language, command, folder, environment)
                 say(f"{document}: {said}")
                 if status:

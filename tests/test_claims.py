@@ -254,6 +254,17 @@ def test_no_run_is_begun_that_would_end_after_the_hours_of_a_sitting(tmp_path):
     assert run_all(experiment_of(calls), tmp_path) == 8
 
 
+def test_arms_that_are_named_are_run_alone_and_unknown_ones_refused(tmp_path, monkeypatch):
+    calls: list = []
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda options: experiment_of(calls))
+    config = ClaimsConfig(quick=True, out=tmp_path / "toy", arms=("high", "still"), seeds=2)
+    text = claims("toy", config).read_text()
+    assert calls == ["prepared", (20.0, None, 0), (5.0, None, 0), (20.0, None, 1)]
+    assert "| low | 0 |" in text
+    with pytest.raises(InputError, match="unknown arm 'hihg', perhaps 'high'; known: high, low, still"):
+        claims("toy", replace(config, arms=("hihg",)))
+
+
 def test_runs_of_other_settings_are_refused(tmp_path):
     run_all(experiment_of([]), tmp_path)
     other = experiment_of([])
@@ -422,7 +433,7 @@ def test_a_page_tells_its_history_its_shards_and_uncommitted_changes(tmp_path):
     assert text.endswith("A grid was given up.\n")
     history = EXPERIMENTS["sets"](Options(quick=False)).history
     assert history == HISTORY
-    assert any("grid of two learning rates" in each for each in history)
+    assert any("two epochs at one learning rate" in each for each in history)
     assert "2,431" not in str(EXPERIMENTS["labels-photos"](Options(quick=False)).about)
 
 

@@ -21,7 +21,8 @@ from pretrain.config import RECIPES, EvalConfig, PretrainConfig, local_batch_siz
 from pretrain.losses import LOSSES, LossConfig
 from pretrain.optim import OptimConfig, learning_rate, parameter_groups
 from pretrain.progress import read_metrics, skip_list
-from pretrain.run import train
+from pretrain.run import main, train
+from setclip import config as configuration
 from setclip import distributed
 from setclip.checkpoint import load_model
 from setclip.errors import InputError
@@ -398,20 +399,33 @@ def command(*arguments, **environment):
     )
 
 
-@pytest.mark.slow
-def test_the_command_names_the_nearest_recipe_and_flag():
-    wrong = command("tinny")
-    assert wrong.returncode == 2
-    assert "error: unknown recipe 'tinny', perhaps 'tiny'; known: cc12m" in wrong.stderr
-    wrong = command("tiny", "--optim.lrr", "1")
-    assert wrong.returncode == 2
-    assert "--optim.lr" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-    wrong = command("tiny", "--loss.name", "objekt_iou")
-    assert wrong.returncode == 2
-    assert "unknown loss 'objekt_iou', perhaps 'object_iou'" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-    told = command("tiny", "--help").stdout
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    def ended(*arguments):
+        """Runs the command in this process; returns its status and what it wrote."""
+        monkeypatch.setattr(sys, "argv", ["pretrain.run", *arguments])
+        with pytest.raises(SystemExit) as end:
+            configuration.command(main)
+        return end.value.code, "".join(capsys.readouterr())
+
+    return ended
+
+
+def test_the_command_names_the_nearest_recipe_and_flag(ended):
+    for arguments, expected in (
+        (["tinny"], "error: unknown recipe 'tinny', perhaps 'tiny'; known: cc12m"),
+        (["tiny", "--optim.lrr", "1"], "--optim.lr"),
+        (["tiny", "--loss.name", "objekt_iou"], "unknown loss 'objekt_iou', perhaps 'object_iou'"),
+    ):
+        status, said = ended(*arguments)
+        assert status == 2
+        assert expected in said
+        assert "Traceback" not in said
+
+
+def test_the_manual_of_the_command_has_all_losses_and_flags(ended):
+    status, told = ended("tiny", "--help")
+    assert status == 0
     assert all(name in told for name in LOSSES)
     assert all(target in told for targets in LOSSES.values() for target in targets)
     assert "--engine.accumulation" in told

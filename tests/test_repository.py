@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from check_skips import unexpected_skips
-from readme_commands import blocks, chains, shortened
+from readme_commands import ELSEWHERE, blocks, chains, shortened
 from readme_commands import commands as commands_of
 
 from setclip import torchvision_cpu
@@ -192,7 +192,13 @@ def test_blocks_without_the_mark_are_not_run(tmp_path):
 def test_commands_that_train_are_shortened_behind_what_the_reader_types():
     assert shortened("python -m pretrain.run tiny --steps 500").endswith("--steps 500 --steps 3")
     assert shortened("python -m eval_suite.zeroshot scenes") == "python -m eval_suite.zeroshot scenes"
-    assert shortened("make demo") == f"make -C '{ROOT}' demo DEMO_FLAGS=\"--fast True\""
+    assert shortened("make help") == f"make -C '{ROOT}' help"
+
+
+def test_commands_that_are_left_out_are_run_by_a_test():
+    for command, path in ELSEWHERE.items():
+        words = ", ".join(f'"{word}"' for word in command.replace("make", "make -C {ROOT}").split())
+        assert words.replace('"{ROOT}"', "ROOT") in (ROOT / path).read_text(encoding="utf-8"), command
 
 
 def test_a_document_starts_from_the_first_ones_results_and_from_no_other_unless_it_says_so(tmp_path):

@@ -2,6 +2,7 @@
 
     SETCLIP_REAL_DATA=DIR python -m benchmarks.claims sets
     python -m benchmarks.claims labels --max-hours 0.5      # one sitting; the same command goes on
+    python -m benchmarks.claims labels --arms hard "budget 0.2" --seeds 2    # the smallest that says anything
     python -m benchmarks.claims sets --table-only True      # the page of what is there
 
 Every run is a file of its own under --out, so an experiment goes on at any point, and the same command started twice,
@@ -11,7 +12,7 @@ written anew: PAGES/NAME.md, .json and .svg. `NAME --help` lists the flags.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from pretrain.stopping import run_to_its_end
 from setclip import config as configuration
 from setclip.files import replacing, write_json
 from setclip.log import say
+from setclip.lookup import look_up
 
 ROOT = Path("runs/claims")
 
@@ -43,6 +45,8 @@ class ClaimsConfig:
     """Another file for the page's figures."""
     seeds: int | None = None
     """Seeds of each arm; None: the experiment's own."""
+    arms: tuple[str, ...] = ()
+    """Run these arms alone, by name; (): all. The page has what is there of every arm."""
     max_hours: float | None = None
     """Begin no run that would end after so many hours of this sitting."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -66,7 +70,8 @@ def claims(name: str, config: ClaimsConfig) -> Path:
     work = out if experiment.units_of is None or config.out else ROOT / (experiment.units_of + out.name[len(name) :])
     if not config.table_only:
         seeds = config.seeds or experiment.seeds
-        run_missing(experiment, work, out.parent / "data", options, seeds, config.max_hours)
+        wanted = {arm: look_up(experiment.arms, arm, "arm") for arm in config.arms or experiment.arms}
+        run_missing(replace(experiment, arms=wanted), work, out.parent / "data", options, seeds, config.max_hours)
     return write_page(name, experiment, work, pages, config)
 
 
