@@ -359,6 +359,7 @@ def evaluate(config: DiagnosticsConfig) -> tuple[Results, Diagnostics]:
             "split": split,
             "images": len(data.keys),
             "captions": sum(map(len, data.captions)),
+            "captions_sha256": data.captions_sha256,
         },
         metrics=metrics,
         headline=list(metrics),

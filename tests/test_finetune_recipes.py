@@ -325,12 +325,18 @@ def test_vse_plus_plus_normalises_the_picture_before_its_layer():
 def test_log_variances_come_from_the_diagnostics_of_the_run(tmp_path):
     (tmp_path / "results").mkdir()
     name = "dive-f30k-frcnn-bigru"
-    for split, first, second in (("test", -2.0, -3.0), ("val", -7.0, -8.0)):
-        dataset = {**content_of(ROWS[name], {})["dataset"], "split": split}
+    own = content_of(ROWS[name], {})
+    own["dataset"]["captions_sha256"] = "a"
+    for what, split, captions, first, second in (
+        ("flickr30k_test", "test", "a", -2.0, -3.0),
+        ("flickr30k_val", "val", "a", -7.0, -8.0),
+        ("flickr8k_test", "test", "b", -7.0, -8.0),
+    ):
+        dataset = {**own["dataset"], "split": split, "captions_sha256": captions}
         metrics = {"variance_image_log_of_mean": {"value": first}, "variance_text_log_of_mean": {"value": second}}
-        path = tmp_path / "results" / f"diagnostics_flickr30k_{split}_chosen.json"
+        path = tmp_path / "results" / f"diagnostics_{what}_chosen.json"
         path.write_text(json.dumps({"dataset": dataset, "metrics": metrics}))
-    text = text_of(compared(name, content_of(ROWS[name], {}), tmp_path))
+    text = text_of(compared(name, own, tmp_path))
     assert "| log circular variance, images | -2.00 | -2.13 | +0.1 |" in text
     with pytest.raises(InputError, match="expected results of a recipe of a paper's row, found 'photos'"):
         compared("photos", {})

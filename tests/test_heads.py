@@ -21,6 +21,7 @@ from setclip.models.heads.pie import Pie
 from setclip.models.heads.slot import Slot
 from setclip.models.heads.transformer import Transformer
 from setclip.models.matching import MATCHINGS, DhSetRows, blocks, make_matching, score_matrix
+from setclip.models.matching.dhset import HybridOf
 from setclip.models.subspaces import SubSpaces, soft_mask, thresholds
 from setclip.similarity import make_similarity
 
@@ -866,33 +867,57 @@ def test_what_masked_places_hold_does_not_change_a_matching():
         torch.testing.assert_close(matching(images, texts, None, VALID), matching(images, spoilt, None, VALID))
 
 
-@pytest.mark.parametrize("name", ["scan", "scan t2i", "dhset_fragment", "hybrid of dhset_fragment", "laps"])
-def test_texts_of_like_length_are_compared_together_with_the_same_scores(name, monkeypatch):
+def masked_matching(name):
+    """Returns a matching, vectors a word, and masks of few pictures and 12 texts of up to 8 words, with holes."""
     if "dhset" in name:
-        matching = make_matching("dhset_fragment", inference="hybrid" if "hybrid" in name else "set")
+        matching = make_matching("dhset_fragment")
         k = matching.num_elements
+        matching = HybridOf(matching) if "hybrid" in name else matching
     else:
         options = {"scan t2i": {"direction": "t2i"}, "laps": {"width": D, "num_patches": N}}
         matching, k = make_matching(name.split()[0], **options.get(name, {})), 1
-    matching = matching.double()
     random = torch.Generator().manual_seed(0)
     num_texts, num_words = 12, 12
     mask = torch.rand(num_texts, num_words, generator=random) < 0.7  # with holes
     mask &= torch.arange(num_words) < torch.randint(1, 9, (num_texts, 1), generator=random)
     mask[:, 0] = True
-    mask = mask.repeat_interleave(k, 1)
-    images = normalize(draw(B, N, D, seed=1), dim=-1).requires_grad_()
+    return matching.double(), k, None if name == "laps" else VALID, mask.repeat_interleave(k, 1)
+
+
+@pytest.mark.parametrize("num_images", [1, B])
+@pytest.mark.parametrize("name", ["scan", "scan t2i", "dhset_fragment", "hybrid of dhset_fragment", "laps"])
+def test_texts_of_like_length_are_compared_together_with_the_same_scores(name, num_images, monkeypatch):
+    matching, k, image_mask, mask = masked_matching(name)
+    image_mask = None if image_mask is None else image_mask[:num_images]
+    num_texts, num_words = len(mask), mask.shape[1] // k
+    images = normalize(draw(num_images, N, D, seed=1), dim=-1).requires_grad_()
     texts = normalize(draw(num_texts, num_words * k, D, seed=2), dim=-1).requires_grad_()
-    expected = matching(images, texts, None, mask)
+    expected = matching(images, texts, image_mask, mask)
     monkeypatch.setitem(blocks._PAIRS, "cpu", 9 * N * 3 * k)  # blocks of few texts
     seen = []
-    matching.register_forward_pre_hook(lambda module, given: seen.append(given[1].shape[1] // k))
-    found = score_matrix(matching, images, texts.masked_fill(~mask[..., None], torch.nan), None, mask)
-    the_same(found, expected, [images, texts, *matching.parameters()])
+    matching.register_forward_pre_hook(lambda module, given: seen.append((len(given[1]), given[1].shape[1] // k)))
     with torch.no_grad():
-        torch.testing.assert_close(score_matrix(matching, images, texts, None, mask), expected, rtol=1e-6, atol=1e-7)
-    assert max(seen) == 8
-    assert min(seen) < 4
+        found = score_matrix(matching, images, texts, image_mask, mask)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    words = [each for _, each in seen]
+    assert max(words) == 8
+    assert min(words) < 4
+    assert max(number for number, _ in seen) > 1, "one picture is compared with several texts at once"
+    found = score_matrix(matching, images, texts.masked_fill(~mask[..., None], torch.nan), image_mask, mask)
+    the_same(found, expected, [images, texts, *matching.parameters()])
+
+
+def test_what_does_not_fit_is_refused_before_texts_are_put_in_order():
+    matching, k, _, mask = masked_matching("dhset_fragment")
+    images, texts = draw(B, N, D), draw(len(mask), mask.shape[1], D)
+    for wrong in (mask[:-1], mask[:, :-k]):
+        with pytest.raises(InputError, match=r"expected a mask of text sets of shape \(12, 48\)"):
+            score_matrix(matching, images, texts, None, wrong)
+    with pytest.raises(InputError, match=r"found none in 1 of 12 \(first: number 7\)"):
+        score_matrix(matching, images, texts, None, mask & (torch.arange(12) != 7)[:, None])
+    with pytest.raises(InputError, match="expected text sets of 4 elements a word, found 46"):
+        score_matrix(matching, images, texts[:, :46], None, mask[:, :46])
+    assert score_matrix(make_matching("scan"), images[:0].requires_grad_(), texts, None, mask).shape == (0, 12)
 
 
 def test_every_similarity_is_a_matching_and_every_head_names_one():

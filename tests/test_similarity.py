@@ -486,7 +486,7 @@ def test_sets_that_do_not_fit_are_refused(images, texts, message):
 
 def test_masks_that_do_not_fit_are_refused():
     sets, similarity = torch.ones(3, 2, 4), make_similarity("mil")
-    with pytest.raises(InputError, match=r"image mask of shape \(3, 2\), bool, found \(3, 3\)"):
+    with pytest.raises(InputError, match=r"mask of image sets of shape \(3, 2\), bool, found \(3, 3\)"):
         similarity(sets, sets, torch.ones(3, 3, dtype=torch.bool))
     with pytest.raises(InputError, match=r"found \(3, 2\) of torch.float32"):
         similarity(sets, sets, None, torch.ones(3, 2))

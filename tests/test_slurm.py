@@ -327,7 +327,7 @@ def test_pretraining_survives_what_happens_on_a_cluster(site, chain):
     assert lines_of(site.run / "sessions.jsonl")[-1]["how"] == "finished"
 
 
-def test_the_chain_ends_in_a_fine_tuned_model_and_results(site, chain):
+def test_the_chain_ends_in_a_fine_tuned_model_and_results(site, chain, request):
     if site.ended(chain["pretrain"]) != "COMPLETED":
         pytest.skip("pretraining has failed, and is the test before")
     cluster, job = site.cluster, chain["finetune:cc12m"]
@@ -361,6 +361,7 @@ def test_the_chain_ends_in_a_fine_tuned_model_and_results(site, chain):
             reference = subprocess.Popen(
                 [*command, *map(str, [*words, *site.tuning])], stdout=said, stderr=said, cwd=HERE.parent
             )
+            request.addfinalizer(reference.terminate)  # torchrun ends its ranks
         cluster.run("scancel", "--signal=USR1", job)
     site.queued_again(job, 1, "a signal")
     stopped = steps_of(site.tuned)[-1]

@@ -154,7 +154,10 @@ def run_missing(
                 done += 1
         if done == before:
             if others:
-                say(f"{others} runs are being made by other calls; the page is of what is there now")
+                say(
+                    f"{others} runs are being made by other calls, which go on with what waits for them; the page is of what is "
+                    "there now"
+                )
             return done
 
 
@@ -199,7 +202,10 @@ def _held(path: Path, *, waits: bool = False) -> Iterator[bool]:
 
 
 def _prepared(experiment: Experiment, work: Path, shared: Path, options: Options) -> Any:
-    with _held(shared / ".lock", waits=True):  # experiments share it
+    with contextlib.ExitStack() as stack:  # experiments share the data
+        if not stack.enter_context(_held(shared / ".lock")):
+            say(f"waiting for another call that prepares data in {shared}")
+            stack.enter_context(_held(shared / ".lock", waits=True))
         start, cpu = time.monotonic(), _cpu_seconds()
         prepared = experiment.prepare(work, shared, options)
         path = work / "prepared.json"

@@ -266,7 +266,7 @@ def _diagnosed(folder: Path | None, dataset: Mapping[str, Any]) -> dict[str, flo
     found: dict[str, float] = {}
     for path in sorted((folder / "results").glob("diagnostics_*.json")) if folder is not None else ():
         content = json.loads(path.read_text(encoding="utf-8"))
-        if any(content["dataset"].get(key) != dataset.get(key) for key in ("split", "images")):
+        if any(content["dataset"].get(key) != dataset.get(key) for key in ("split", "captions_sha256")):
             continue
         metrics = content["metrics"]
         found |= {name: metrics[name]["value"] for name in _VARIANCES if name in metrics}

@@ -189,7 +189,7 @@ def check_sets(
             continue
         if mask.dtype != torch.bool or mask.shape != sets.shape[:2]:
             raise InputError(
-                f"expected an {what} mask of shape {tuple(sets.shape[:2])}, bool, found {tuple(mask.shape)} of "
+                f"expected a mask of {what} sets of shape {tuple(sets.shape[:2])}, bool, found {tuple(mask.shape)} of "
                 f"{mask.dtype}; it is True where a set has an element"
             )
         is_empty = ~mask.any(1)

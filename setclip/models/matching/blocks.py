@@ -4,8 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from setclip.similarity import GridSimilarity, SetSimilarity, VectorSimilarity, similarity_matrix
+from setclip.similarity.base import check_sets
 
 _PAIRS = {"cpu": 2**18}
 _PAIRS_ELSEWHERE = 2**24
@@ -54,6 +56,8 @@ def _by_length(
 
     Captions are half as long as the longest on the average, and so is this as what pads them.
     """
+    check_sets(image_sets, text_sets, image_mask, text_mask)
+    similarity.check_sizes(image_sets.shape[1], text_sets.shape[1])
     places = torch.arange(1, text_mask.shape[1] + 1, device=text_mask.device)
     lengths = (text_mask * places).amax(1)  # up to the last that is there
     lengths = (lengths + of_word - 1) // of_word * of_word
@@ -67,9 +71,10 @@ def _by_length(
     parts = zip(text_sets[order].split(sizes), text_mask[order].split(sizes), longest, strict=True)
     for texts, mask, length in parts:
         size = _size(image_sets, length)
-        if len(sizes) > 1:
-            size = min(
-                size, -(-len(image_sets) // 2)
-            )  # what is one block is kept for the backward pass, not made again
-        scores.append(similarity_matrix(similarity, image_sets, texts[:, :length], image_mask, mask[:, :length], size))
+        given = (image_sets, texts[:, :length], image_mask, mask[:, :length])
+        if torch.is_grad_enabled() and len(sizes) > 1 and len(image_sets) <= size:
+            # a block each, which similarity_matrix would keep for the backward pass
+            scores.append(checkpoint(similarity, *given, use_reentrant=False, preserve_rng_state=False))
+        else:
+            scores.append(similarity_matrix(similarity, *given, size))
     return torch.cat(scores, 1)[:, order.argsort()]
