@@ -12,7 +12,9 @@ import setclip
 
 @cache
 def git_commit() -> str | None:
-    """Returns the commit of the source tree this package runs from, with "+changes" if it has any; None outside git."""
+    """Returns the commit of the source tree this package runs from, with "+changes" if it has any outside its documents
+    (which commands write pages into); None outside git.
+    """
     root = Path(setclip.__file__).parents[1]
     if not (root / ".git").exists():
         return None
@@ -23,7 +25,9 @@ def git_commit() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--", ".", ":!docs", ":!*.md") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 
 import pytest
 
 from eval_suite import results as module
 from eval_suite.results import Metric, Results, default_out, markdown_table, split_protocol
+from setclip import provenance
 from setclip.config import command
 from setclip.errors import InputError
 from setclip.metric_text import metric_words, number_text, with_interval
@@ -205,3 +207,34 @@ def test_the_command_prints_a_comparison_and_explains_what_is_no_results_file(tm
     with pytest.raises(SystemExit):
         command(module.main)
     assert "expected results files, found no argument" in capsys.readouterr().err
+
+
+def test_a_page_that_was_not_committed_is_no_change_of_the_code(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+
+    def found():
+        provenance.git_commit.cache_clear()
+        return provenance.git_commit()
+
+    monkeypatch.setattr("setclip.__file__", str(tmp_path / "setclip/__init__.py"))
+    (tmp_path / "setclip").mkdir()
+    (tmp_path / "docs/claims").mkdir(parents=True)
+    code = tmp_path / "setclip/__init__.py"
+    code.write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    try:
+        commit = found()
+        assert len(commit) == 40
+        for page in ("docs/claims/labels.json", "README.md"):
+            (tmp_path / page).write_text("{}")
+        assert found() == commit
+        code.write_text("a = 1")
+        assert found() == f"{commit}+changes"
+        git("commit", "-qam", "second")
+        (tmp_path / "setclip/new.py").write_text("")
+        assert found().endswith("+changes")
+    finally:
+        provenance.git_commit.cache_clear()

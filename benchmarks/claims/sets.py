@@ -220,6 +220,7 @@ HISTORY = (
     "head by, all were trained again for six, at the better of two learning rates, with five seeds; arms, claims and margins "
     "stayed. `asa` kept two epochs, since a run would take more than four minutes. Before that, a grid of the same two rates "
     "and runs of six epochs had been begun and given up for time, with `single`, `mean`, `gpo` and `pie, mil` alone.",
+    "What was not committed in the runs of `7b223fe+changes` was a page of another experiment, `docs/claims/labels.*`, alone.",
 )
 
 
