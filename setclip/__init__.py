@@ -1,7 +1,8 @@
 """What the stages of Setclip share: formats, models, checkpoints, configuration. It imports none of the stages."""
 
-from setclip import torchvision_cpu
+from setclip import quick_start, torchvision_cpu
 
 __version__ = "0.1.0"
 
+quick_start.begin()
 torchvision_cpu.install()

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar, overload
 import tyro
 import yaml
 
+from setclip import quick_start
 from setclip.errors import InputError
 from setclip.log import say
 from setclip.lookup import look_up
@@ -127,6 +128,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def command(main: Callable[[], None]) -> None:
     """Runs a command's `main`; an InputError becomes one line and exit status 2 (SETCLIP_TRACEBACK=1 shows it all)."""
+    quick_start.end()
     try:
         main()
     except InputError as error:
