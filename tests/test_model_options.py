@@ -388,7 +388,8 @@ def test_a_compiled_model_gives_the_losses_and_names_of_the_plain_one(tmp_path, 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     options = ModelConfig(patch_dropout=0.5, grad_checkpointing=True)
-    settings = {"stage": 1, "accumulation": 2, "model_cfg": {**CFG, "text_cfg": {**CFG["text_cfg"], "layers": 1}}}
+    of_one_layer = {name: {**CFG[name], "layers": 1} for name in ("vision_cfg", "text_cfg")}
+    settings = {"stage": 1, "accumulation": 2, "model_cfg": {**CFG, **of_one_layer}}
     plain, compiled = courses([(options, settings), (options, {**settings, "compile": True})])
     assert list(tmp_path.rglob("*.so")), "something was compiled"
     check_alike(compiled, plain, 2e-5)
