@@ -188,6 +188,20 @@ def experiment_of(calls: list, fails_at: int | None = None) -> Experiment:
     )
 
 
+def test_without_a_figure_of_its_own_an_experiment_shows_the_measure_that_chooses(tmp_path):
+    experiment = replace(experiment_of([]), plot=None)
+    run_all(experiment, tmp_path)
+    content = page.gather("made up", experiment, read_units(tmp_path, {}), {}, "command")
+    series = content["plot"]["series"]
+    assert content["plot"]["y_label"] == content["measures"]["score"]["heading"]
+    assert series.keys() == content["rows"].keys()
+    for name, [[_, mean, deviation]] in series.items():
+        measured = content["rows"][name]["measures"]["score"]
+        assert (mean, deviation) == (measured["mean"], measured["deviation"] or 0.0)
+    unseen = replace(experiment, chosen_by="another")
+    assert page.gather("made up", unseen, [], {}, "command")["plot"] is None
+
+
 def run_all(experiment: Experiment, work: Path, **more) -> int:
     return run_missing(experiment, work, work / "data", QUICK, experiment.seeds, **more)
 

@@ -261,7 +261,7 @@ def tail(options: Options) -> Experiment:
 def _by_frequency(units: Sequence[Unit]) -> Plot | None:
     """Returns accuracy against the number of captions, in doublings."""
     series: dict[str, list[list[float]]] = {}
-    for arm in dict.fromkeys(unit["arm"] for unit in units):
+    for arm in sorted({unit["arm"] for unit in units}, key=list(LABELS).index):
         bins: dict[int, list[float]] = {}
         for unit in (each for each in units if each["arm"] == arm):
             for count, images, correct in unit["more"]["classes"]:

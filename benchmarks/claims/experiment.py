@@ -139,7 +139,8 @@ class Experiment:
     run: Callable[[Any, Mapping[str, Any], int, Path], Found]
     """(what `prepare` returned, settings, seed, folder of its own) → what it measured."""
     tables: Callable[[Sequence[Unit]], Sequence[Table]] = lambda units: ()
-    plot: Callable[[Sequence[Unit]], Plot | None] = lambda units: None
+    plot: Callable[[Sequence[Unit]], Plot | None] | None = None
+    """None: the measure that chooses, of each row."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What all runs have in common beside their data: JSON. Runs of other settings are refused."""
     made_of: Callable[[Any], Mapping[str, Any]] = lambda prepared: {}

@@ -22,6 +22,8 @@ _STYLE: dict[str, Any] = {
     "legend.frameon": False,
 }
 _MARKERS = "os^vDPX*<>hp"
+_COLOURS = 10
+"""That matplotlib has before they begin anew"""
 
 
 def write_figure(path: Path, plot: Mapping[str, Any]) -> None:
@@ -40,12 +42,17 @@ def write_figure(path: Path, plot: Mapping[str, Any]) -> None:
         else:
             for number, (name, points) in enumerate(series.items()):
                 xs, ys = [point[0] for point in points], [point[1] for point in points]
-                marker = _MARKERS[number % len(_MARKERS)]
+                look = {
+                    "marker": _MARKERS[number % len(_MARKERS)],
+                    "ls": "-" if number < _COLOURS else "--",
+                    "ms": 4,
+                    "lw": 1.3,
+                }
                 if len(points[0]) > 2:
                     spread = [point[2] for point in points]
-                    axes.errorbar(xs, ys, yerr=spread, marker=marker, ms=4, lw=1.3, capsize=2, label=name)
+                    axes.errorbar(xs, ys, yerr=spread, capsize=2, label=name, **look)
                 else:
-                    axes.plot(xs, ys, marker=marker, ms=4, lw=1.3, label=name)
+                    axes.plot(xs, ys, label=name, **look)
             if plot["log_x"]:
                 axes.set_xscale("log", base=2)
                 axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -23,7 +23,7 @@ _NOT_THE_RESULT = {
 
 def common_settings(experiment: Experiment, options: Options) -> dict[str, Any]:
     """Returns what is known without data: quick or not, and the settings of all runs by dotted names."""
-    found: dict[str, Any] = json.loads(json.dumps({"quick": options.quick, **_flat(experiment.settings)}))
+    found: dict[str, Any] = json.loads(json.dumps({"quick": options.quick, **flat(experiment.settings)}))
     return found
 
 
@@ -63,10 +63,11 @@ def check_unit(path: Path, unit: Unit, expected: Mapping[str, Any]) -> None:
             )
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings by dotted names, without those that do not decide what a run measures."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if name in _NOT_THE_RESULT:
             continue
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found

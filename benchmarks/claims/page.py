@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.claims.experiment import Claim, Experiment, Row, Unit
+from benchmarks.claims.experiment import Claim, Experiment, Plot, Row, Unit
+from benchmarks.claims.identity import flat
 from benchmarks.claims.judge import Paired, holds_chance, holm, paired, verdict
 from benchmarks.claims.units import candidates_of
 
@@ -33,7 +34,7 @@ def gather(
         chance |= unit["chance"]
     used = [unit for unit in units if unit["arm"] in experiment.arms]
     of_chosen = [unit for unit in used if chosen[unit["arm"]] == (unit["candidate"],)]
-    drawn = experiment.plot(of_chosen)
+    drawn = _bars(experiment, rows) if experiment.plot is None else experiment.plot(of_chosen)
     return {
         "format_version": FORMAT_VERSION,
         "name": name,
@@ -113,6 +114,24 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
         return None
     deviation = statistics.stdev(there) if len(there) > 1 else None
     return {"values": there, "mean": statistics.fmean(there), "deviation": deviation}
+
+
+def _bars(experiment: Experiment, rows: Mapping[str, Any]) -> Plot | None:
+    """Returns the measure that chooses, of each row that has it."""
+    name = experiment.chosen_by
+    if name not in experiment.measures:
+        return None
+    heading = experiment.measures[name].heading
+    found = {row: each["measures"][name] for row, each in rows.items() if name in each["measures"]}
+    if not found:
+        return None
+    return Plot(
+        title=f"{heading}, mean ± standard deviation over seeds",
+        x_label="",
+        y_label=heading,
+        series={row: [[0.0, each["mean"], each["deviation"] or 0.0]] for row, each in found.items()},
+        is_bars=True,
+    )
 
 
 def _unit(units: Sequence[Unit], arm: str, candidate: int | None, seed: int) -> Unit | None:
@@ -365,7 +384,8 @@ def _steps_text(row: Mapping[str, Any]) -> str:
 
 
 def _settings_text(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{name} {value}`" for name, value in settings.items() if value is not None)
+    """Says settings as the flags of a command have them: `loss.beta 0.2`."""
+    return ", ".join(f"`{name} {value}`" for name, value in flat(settings).items() if value is not None)
 
 
 def _time_text(time: Mapping[str, Any]) -> str:

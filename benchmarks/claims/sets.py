@@ -5,7 +5,6 @@ and shared by all runs. Only heads learn. Each head has its own system's losses 
 """
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks.claims.experiment import Arm, Claim, Experiment, Found, Measure, Options, Plot, Row, Table, Unit
+from benchmarks.claims.experiment import Arm, Claim, Experiment, Found, Measure, Options, Row, Table, Unit
 from benchmarks.claims.identity import shards_of
 from benchmarks.claims.inference_time import inference_seconds
 from benchmarks.claims.photographs import prepare_photographs
@@ -514,25 +513,6 @@ def _subspaces(own: Sequence[Unit]) -> Table:
     )
 
 
-def plot(units: Sequence[Unit]) -> Plot | None:
-    """Returns RSUM on the reported data by row."""
-    series: dict[str, list[list[float]]] = {}
-    for name, row in ROWS.items():
-        found = [unit["values"].get(f"{row.prefix}rsum") for unit in units if unit["arm"] == row.arm]
-        values = [value for value in found if value is not None]
-        if values:
-            series[name] = [[0.0, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0]]
-    if not series:
-        return None
-    return Plot(
-        title="RSUM on dev, mean ± standard deviation over seeds",
-        x_label="",
-        y_label="RSUM",
-        series=series,
-        is_bars=True,
-    )
-
-
 def experiment(options: Options) -> Experiment:
     """Returns the experiment."""
     arms = {name: replace(ARMS[name], candidates=()) for name in _QUICK_ARMS} if options.quick else ARMS
@@ -571,7 +551,6 @@ def experiment(options: Options) -> Experiment:
         prepare=prepare,
         run=run,
         tables=tables,
-        plot=plot,
         settings={"heads": configuration.to_dict(heads), "recipe": recipe, "towers": configuration.to_dict(towers)},
         made_of=_made_of,
         history=() if options.quick else HISTORY,
