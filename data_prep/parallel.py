@@ -66,7 +66,7 @@ def run_tasks(
 def _in_processes(tasks: Sequence[Callable[[], T]], processes: int) -> Generator[T, None, None]:
     """Yields the results in order. Raises InputError where the system has killed a process."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _die_with_parent, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(processes, context, die_with_parent, (os.getpid(),)) as pool:
         left = iter(tasks)
         waiting = deque(pool.submit(_call, task) for task in itertools.islice(left, 2 * processes))
         try:
@@ -83,7 +83,7 @@ def _in_processes(tasks: Sequence[Callable[[], T]], processes: int) -> Generator
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Has the kernel end this process when its parent is killed: a restarted job must not meet its own orphans."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

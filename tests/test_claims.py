@@ -6,8 +6,10 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import jobs_material
 import pytest
 import torch
 from finetune_material import Killed, write_shards
@@ -19,6 +21,7 @@ from benchmarks.claims.corpus import LABELS, batch, domains, labels
 from benchmarks.claims.experiment import Arm, Claim, Experiment, Found, Measure, Options, Plot, Row, Table
 from benchmarks.claims.figure import write_figure
 from benchmarks.claims.identity import check_unit, common_settings, shards_of
+from benchmarks.claims.jobs import in_processes
 from benchmarks.claims.judge import Paired, holds_chance, holm, paired, verdict
 from benchmarks.claims.pretraining import with_settings
 from benchmarks.claims.registry import EXPERIMENTS
@@ -260,6 +263,23 @@ def test_two_calls_at_once_share_the_runs_and_make_none_twice(tmp_path):
     runs = [call for call in calls if call != "prepared"]
     assert sorted(runs, key=str) == sorted(set(runs), key=str)
     assert len(runs) == 8
+
+
+def test_several_processes_work_at_once_and_one_does_what_was_left_for_the_end(tmp_path, capfd):
+    in_processes(partial(jobs_material.meet, tmp_path, 2), 2, tmp_path / "logs")
+    calls = (tmp_path / "calls").read_text().split()
+    assert len(calls) == 3
+    assert len(set(calls)) == 2
+    assert calls[-1] == str(os.getpid())
+    assert (tmp_path / "logs/2.log").read_text() == "one of several\n"
+    assert capfd.readouterr().out.count("one of several") == 2
+
+
+def test_a_process_that_fails_is_told_with_the_end_of_its_log(tmp_path):
+    with pytest.raises(
+        InputError, match=r"expected 2 processes to end well, found one with status 1; .*(?s:.)*no more room"
+    ):
+        in_processes(partial(jobs_material.fail_elsewhere, os.getpid()), 2, tmp_path)
 
 
 def test_no_run_is_begun_that_would_end_after_the_hours_of_a_sitting(tmp_path):
@@ -585,6 +605,16 @@ def test_the_log_variance_is_that_of_the_elements_that_are_there():
 
 
 @pytest.mark.slow  # 12 s: pretrains, computes features, trains four heads twice
+@pytest.mark.slow
+def test_two_processes_make_the_page_of_labels_beside_their_runs(tmp_path):
+    config = ClaimsConfig(quick=True, jobs=2, arms=("hard",), out=tmp_path / "labels")
+    text = claims("labels", config).read_text()
+    assert sorted(path.name for path in tmp_path.glob("labels/units/*")) == ["hard-seed0.json", "hard-seed1.json"]
+    assert "| hard | 2 |" in text
+    assert "`python -m benchmarks.claims labels --quick True --arms hard`" in text
+    assert (tmp_path / "labels/labels.svg").exists()
+
+
 def test_the_quick_way_of_sets_goes_from_data_to_page(tmp_path, monkeypatch, capsys):
     out = tmp_path / "sets"
     monkeypatch.setattr(

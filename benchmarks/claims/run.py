@@ -1,25 +1,28 @@
 """Runs one of the papers' claims as an experiment: data, training of all arms, evaluation, table, paired test, figure.
 
-    SETCLIP_REAL_DATA=DIR python -m benchmarks.claims sets
+    SETCLIP_REAL_DATA=DIR python -m benchmarks.claims sets --jobs 2    # two runs at a time
     python -m benchmarks.claims labels --max-hours 0.5      # one sitting; the same command goes on
-    python -m benchmarks.claims labels --arms hard "budget 0.2" --seeds 2    # the smallest that says anything
+    python -m benchmarks.claims labels --arms "smoothing 0.5" "budget 0.5" --seeds 2 --jobs 2    # the smallest that says anything
     python -m benchmarks.claims sets --table-only True      # the page of what is there
 
 Every run is a file of its own under --out, so an experiment goes on at any point, and the same command started twice,
-on two cores (OMP_NUM_THREADS=1) or machines with one folder, shares the runs. At the end of each sitting the page is
-written anew: PAGES/NAME.md, .json and .svg. `NAME --help` lists the flags.
+on machines with one folder, shares the runs. At the end of each sitting the page is written anew: PAGES/NAME.md, .json
+and .svg. `NAME --help` lists the flags.
 """
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from benchmarks.claims import page
-from benchmarks.claims.experiment import Experiment, Options
+from benchmarks.claims.experiment import Arm, Experiment, Options
 from benchmarks.claims.figure import write_figure
 from benchmarks.claims.identity import common_settings
+from benchmarks.claims.jobs import in_processes
 from benchmarks.claims.registry import EXPERIMENTS
 from benchmarks.claims.units import read_units, run_missing
 from pretrain.stopping import run_to_its_end
@@ -40,13 +43,15 @@ class ClaimsConfig:
     out: Path | None = None
     """Folder of data, runs and results; None: runs/claims/NAME. Runs that are done there are not run again."""
     pages: Path | None = None
-    """Folder of the page; None: docs/claims, with --quick the folder of --out."""
+    """Folder of the page; None: docs/claims, with --quick, --arms or --seeds the folder of --out."""
     json: Path | None = None
     """Another file for the page's figures."""
     seeds: int | None = None
     """Seeds of each arm; None: the experiment's own."""
     arms: tuple[str, ...] = ()
     """Run these arms alone, by name; (): all. The page has what is there of every arm."""
+    jobs: int = 1
+    """Processes that share the runs, each with its part of the cores."""
     max_hours: float | None = None
     """Begin no run that would end after so many hours of this sitting."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -57,22 +62,55 @@ class ClaimsConfig:
     def __post_init__(self) -> None:
         if self.seeds is not None and self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, found {self.seeds}")
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be at least 1, found {self.jobs}")
         if self.max_hours is not None and self.max_hours <= 0:
             raise ValueError(f"max_hours must be above 0, found {self.max_hours}")
 
 
 def claims(name: str, config: ClaimsConfig) -> Path:
     """Runs what is missing of an experiment and writes its page; returns the page."""
-    options = Options(quick=config.quick, device=config.device)
-    experiment = EXPERIMENTS[name](options)
-    out = config.out or ROOT / (f"{name}-quick" if config.quick else name)
-    pages = config.pages or (out if config.quick else Path("docs/claims"))
-    work = out if experiment.units_of is None or config.out else ROOT / (experiment.units_of + out.name[len(name) :])
+    work = _work(name, config)
     if not config.table_only:
-        seeds = config.seeds or experiment.seeds
-        wanted = {arm: look_up(experiment.arms, arm, "arm") for arm in config.arms or experiment.arms}
-        run_missing(replace(experiment, arms=wanted), work, out.parent / "data", options, seeds, config.max_hours)
-    return write_page(name, experiment, work, pages, config)
+        look_up_arms(EXPERIMENTS[name](_options(config)), config)
+        task = partial(share, name, config)
+        if config.jobs > 1:
+            in_processes(task, config.jobs, work / "jobs")
+        else:
+            task()
+    is_a_part = config.quick or config.arms or config.seeds
+    pages = config.pages or (_out(name, config) if is_a_part else Path("docs/claims"))
+    return write_page(name, EXPERIMENTS[name](_options(config)), work, pages, config)
+
+
+def share(name: str, config: ClaimsConfig) -> int:
+    """Runs what no other process holds of what is missing; returns how many runs that were."""
+    options = _options(config)
+    experiment = EXPERIMENTS[name](options)
+    wanted = look_up_arms(experiment, config)
+    seeds = config.seeds or experiment.seeds
+    data = _out(name, config).parent / "data"
+    return run_missing(replace(experiment, arms=wanted), _work(name, config), data, options, seeds, config.max_hours)
+
+
+def look_up_arms(experiment: Experiment, config: ClaimsConfig) -> dict[str, Arm]:
+    """Returns the arms that were asked for; raises InputError where one is unknown."""
+    return {arm: look_up(experiment.arms, arm, "arm") for arm in config.arms or experiment.arms}
+
+
+def _options(config: ClaimsConfig) -> Options:
+    return Options(quick=config.quick, device=config.device)
+
+
+def _out(name: str, config: ClaimsConfig) -> Path:
+    return config.out or ROOT / (f"{name}-quick" if config.quick else name)
+
+
+def _work(name: str, config: ClaimsConfig) -> Path:
+    """Returns the folder of the runs, which may be another experiment's."""
+    units_of = EXPERIMENTS[name](_options(config)).units_of
+    out = _out(name, config)
+    return out if units_of is None or config.out else ROOT / (units_of + out.name[len(name) :])
 
 
 def write_page(name: str, experiment: Experiment, work: Path, pages: Path, config: ClaimsConfig) -> Path:
@@ -80,7 +118,9 @@ def write_page(name: str, experiment: Experiment, work: Path, pages: Path, confi
     path = work / "prepared.json"
     prepared = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     command = f"python -m benchmarks.claims {name}" + (" --quick True" if config.quick else "")
-    units = read_units(work, common_settings(experiment, Options(quick=config.quick, device=config.device)))
+    command += f" --arms {shlex.join(config.arms)}" if config.arms else ""
+    command += f" --seeds {config.seeds}" if config.seeds else ""
+    units = read_units(work, common_settings(experiment, _options(config)))
     content = page.gather(name, experiment, units, prepared, command)
     pages.mkdir(parents=True, exist_ok=True)
     write_json(pages / f"{name}.json", content)
