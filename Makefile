@@ -66,12 +66,12 @@ clean: ## remove .venv, the demo and caches; data/ and runs/ stay
 	@rm -rf $(VENV) .venv-img2dataset .venv-open-clip .venv-vllm demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Installed once, and again when the requirements change. Of all modules few are ever imported, which compiles them.
+# Installed once, and again when the requirements change.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "error: expected Python 3.11 or newer as $(PYTHON); name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	@echo "Installing Setclip in $(VENV) (once; a minute or two, 2 GB) ..."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile $(PIP_FLAGS) -e ".[test]"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -e ".[test]"
 	@touch $@

@@ -58,7 +58,7 @@ def make(env: Path | None, python: Path | None) -> Path:
     own_environment.check_python(chosen, _OLDEST, _NEWEST, reason)
     announcement = f"making {folder} from {REQUIREMENTS.name} (half a minute, 1 GB) ..."
     inside = own_environment.start(folder, chosen, VARIABLE, variables(), announcement)
-    pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     own_environment.install(pip, REQUIREMENTS, variables())
     said = own_environment.run(
         [inside, "-c", _TRY], "import img2dataset", "remove the folder and try again", variables()
