@@ -1,9 +1,11 @@
 """The papers' claims as experiments: what is judged, that a killed experiment goes on, and a page that is made of JSON alone."""
 
 import json
+import multiprocessing
 import os
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -25,7 +27,7 @@ from benchmarks.claims.jobs import in_processes
 from benchmarks.claims.judge import Paired, holds_chance, holm, paired, verdict
 from benchmarks.claims.pretraining import with_settings
 from benchmarks.claims.registry import EXPERIMENTS
-from benchmarks.claims.run import ClaimsConfig, claims, main
+from benchmarks.claims.run import ClaimsConfig, claims, main, share
 from benchmarks.claims.sets import CLAIMS, HISTORY, log_variances
 from benchmarks.claims.units import read_units, run_missing
 from data_prep.plan import Record
@@ -33,6 +35,7 @@ from data_prep.sources.folder import FolderConfig, plan
 from finetune.config import FinetuneConfig
 from finetune.data import open_parts
 from pretrain.config import RECIPES
+from pretrain.stopping import Stopped
 from setclip.descriptions import read_descriptions
 from setclip.errors import InputError
 from setclip.models.heads import HeadOutput
@@ -265,21 +268,63 @@ def test_two_calls_at_once_share_the_runs_and_make_none_twice(tmp_path):
     assert len(runs) == 8
 
 
-def test_several_processes_work_at_once_and_one_does_what_was_left_for_the_end(tmp_path, capfd):
-    in_processes(partial(jobs_material.meet, tmp_path, 2), 2, tmp_path / "logs")
-    calls = (tmp_path / "calls").read_text().split()
-    assert len(calls) == 3
-    assert len(set(calls)) == 2
-    assert calls[-1] == str(os.getpid())
-    assert (tmp_path / "logs/2.log").read_text() == "one of several\n"
-    assert capfd.readouterr().out.count("one of several") == 2
+def test_several_processes_work_at_once_and_the_first_speaks_here(tmp_path, capfd, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert in_processes(partial(jobs_material.meet, tmp_path, 2), 2, tmp_path / "logs") == []
+    assert len(set((tmp_path / "calls").read_text().split())) == 2
+    (log,) = (tmp_path / "logs").iterdir()
+    assert log.read_text().startswith("one of several\n")
+    assert capfd.readouterr().out.count("one of several") == 1
+    assert "OMP_NUM_THREADS" not in os.environ
 
 
-def test_a_process_that_fails_is_told_with_the_end_of_its_log(tmp_path):
-    with pytest.raises(
-        InputError, match=r"expected 2 processes to end well, found one with status 1; .*(?s:.)*no more room"
-    ):
-        in_processes(partial(jobs_material.fail_elsewhere, os.getpid()), 2, tmp_path)
+def test_each_of_several_processes_has_its_part_of_the_cores(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    in_processes(jobs_material.say_threads, 1, tmp_path)
+    assert capfd.readouterr().out.startswith(f"{cores}\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the user says
+    in_processes(jobs_material.say_threads, 1, tmp_path)
+    assert capfd.readouterr().out.startswith("1\n")
+
+
+def test_a_process_that_fails_is_told_with_the_end_of_its_log_and_the_others_go_on(tmp_path, capfd):
+    (failure,) = in_processes(partial(jobs_material.fail_on_the_second, tmp_path), 2, tmp_path)
+    assert re.match(r"process [12] ended with status 1", failure)
+    assert "no more room" in failure + capfd.readouterr().err  # the first one's own words stand in the terminal
+
+
+def test_processes_that_share_are_asked_to_stop_together_and_save(tmp_path):
+    asks = multiprocessing.get_context("spawn").Process(
+        target=jobs_material.ask_to_stop, args=(os.getpid(), tmp_path, 2)
+    )
+    asks.start()
+    with pytest.raises(Stopped, match="SIGUSR1"):
+        in_processes(partial(jobs_material.train_until_asked, tmp_path), 2, tmp_path / "logs")
+    asks.join()
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_the_page_of_a_part_lies_beside_its_runs_and_names_the_part(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda options: experiment_of([]))
+    assert claims("toy", ClaimsConfig()) == Path("docs/claims/toy.md")
+    whole = Path("docs/claims/toy.md").read_text()
+    text = claims("toy", ClaimsConfig(arms=("high", "still"), seeds=2)).read_text()
+    assert Path("docs/claims/toy.md").read_text() == whole
+    assert "`python -m benchmarks.claims toy --arms high still --seeds 2`" in text
+    assert "| high | 2 |" in text
+    assert "| low | 0 |" in text
+    assert "| high | 3 |" in whole
+
+
+def test_the_hours_of_a_sitting_count_once_for_all_processes(tmp_path, monkeypatch):
+    calls: list = []
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda options: experiment_of(calls))
+    config = ClaimsConfig(quick=True, out=tmp_path / "toy")
+    assert share("toy", config, time.time() - 1) == 0
+    assert share("toy", config, time.time() + 60) == 8
 
 
 def test_no_run_is_begun_that_would_end_after_the_hours_of_a_sitting(tmp_path):
@@ -604,7 +649,6 @@ def test_the_log_variance_is_that_of_the_elements_that_are_there():
     assert log_variances(Heads(same), Inputs()) == {"image": None, "text": None}
 
 
-@pytest.mark.slow  # 12 s: pretrains, computes features, trains four heads twice
 @pytest.mark.slow
 def test_two_processes_make_the_page_of_labels_beside_their_runs(tmp_path):
     config = ClaimsConfig(quick=True, jobs=2, arms=("hard",), out=tmp_path / "labels")
@@ -613,8 +657,10 @@ def test_two_processes_make_the_page_of_labels_beside_their_runs(tmp_path):
     assert "| hard | 2 |" in text
     assert "`python -m benchmarks.claims labels --quick True --arms hard`" in text
     assert (tmp_path / "labels/labels.svg").exists()
+    assert list(tmp_path.glob("labels/jobs/*-2.log"))
 
 
+@pytest.mark.slow  # 12 s: pretrains, computes features, trains four heads twice
 def test_the_quick_way_of_sets_goes_from_data_to_page(tmp_path, monkeypatch, capsys):
     out = tmp_path / "sets"
     monkeypatch.setattr(

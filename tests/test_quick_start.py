@@ -14,10 +14,11 @@ from setclip.errors import InputError
 def as_command(monkeypatch):
     """This process as one that was started as `python -m pretrain.run`."""
     before = gc.get_threshold()
+    gc.unfreeze()  # what the tests themselves were made of
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pretrain.run", "tiny"])
     yield
     quick_start.end()
-    gc.unfreeze()
+    gc.freeze()
     gc.set_threshold(*before)
 
 
@@ -29,7 +30,10 @@ def as_command(monkeypatch):
         (["python", "-m", "torch.distributed.run", "-m", "pretrain.run"], False),
         (["python", "-m", "pretraining"], False),
         (["python", "-m", "benchmarks.open_clip_trainer"], False),
+        (["python", "-X", "importtime", "-W", "error", "-m", "eval_suite.zeroshot", "imagenet"], True),
         (["python", "train.py", "setclip"], False),
+        (["python", "bin/torchrun", "-m", "pretrain.run"], False),
+        (["python", "-c", "import sys", "-m", "pretrain.run"], False),
         (["python", "-m"], False),
         ([], False),
     ],
@@ -68,6 +72,7 @@ def test_a_command_that_fails_has_its_collector_again(as_command):
     assert gc.get_threshold() == before
 
 
+@pytest.mark.slow
 def test_a_real_command_begins_and_ends_it_and_its_end_is_silent():
     code = (
         "import gc, runpy, sys; sys.orig_argv = ['python', '-m', 'pretrain.run']; sys.argv = ['run', '--help']\n"

@@ -74,7 +74,7 @@ class Site:
             "LISTS": str(folder / "lists"), "EVALUATIONS": "retrieval cc12m", "FINETUNE_DATA": "cc12m absent",
             "PREPARE_SBATCH": "--array=0-3 --cpus-per-task=1", "PREPARE_ARGS": "--processes 1",
             "MERGE_SBATCH": "--cpus-per-task=1", "MERGE_ARGS": "--processes 1",
-            # Four ranks, on whatever number of nodes there is; with a limit of four minutes the signal is due at once.
+            # Four ranks, on whatever number of nodes there is; with four minutes left the signal is due at once.
             "PRETRAIN_SBATCH": "--nodes=1-2 --ntasks=4 --exclude=node3,node4 --time=60 --signal=B:USR1@240",
             "PRETRAIN_ARGS": " ".join(map(str, self.training)),
             "FINETUNE_SBATCH": "--nodes=2 --ntasks-per-node=1 --exclude=node3,node4",
@@ -285,7 +285,10 @@ def test_pretraining_survives_what_happens_on_a_cluster(site, chain):
     site.wait(lambda: cluster.state(job) == "RUNNING", "pretraining", every=0.3)
     site.wait(lambda: list(site.logs.glob(f"*-{job}.log")), "its log")
     site.wait(lambda: step() >= 3, "three steps", job)
-    cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=4")  # Slurm looks at the time twice a minute
+    hours, minutes, _ = map(int, cluster.field(job, "RunTime").split(":"))
+    cluster.run(
+        "scontrol", "update", f"jobid={job}", f"TimeLimit={60 * hours + minutes + 4}"
+    )  # looked at twice a minute
     with standing(cluster, "pretrain.run"):
         # Meanwhile, the same training in the same number of ranks, with nothing in between.
         undisturbed = site.folder / "undisturbed"

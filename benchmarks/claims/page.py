@@ -311,8 +311,8 @@ def _claims_text(content: Mapping[str, Any]) -> str:
         )
     return (
         f"{table}\n\nDifferences are taken seed by seed; interval and p are of a paired t test over seeds, and the "
-        "adjusted p is for the number of claims (Holm). *Holds here*: the interval lies on the claim's side of 0, and "
-        "the adjusted p is below 0.05; where it is not, *holds, but not after adjusting*. *Contradicted*: the same on the "
+        "adjusted p is for the number of claims that have one (Holm). *Holds here*: the interval lies on the claim's side of "
+        "0, and the adjusted p is below 0.05; where it is not, *holds, but not after adjusting*. *Contradicted*: the same on the "
         "other side. *Less than would matter*: the interval leaves out 0, and lies within what would matter, "
         f"{margin_text}. *No difference seen*: it holds 0 and lies within that. A claim that two are equal *holds here* "
         f"where the interval lies within what would matter, and has no p value: the test is of a difference.{post_hoc} "

@@ -2,7 +2,7 @@
 
     SETCLIP_REAL_DATA=DIR python -m benchmarks.claims sets --jobs 2    # two runs at a time
     python -m benchmarks.claims labels --max-hours 0.5      # one sitting; the same command goes on
-    python -m benchmarks.claims labels --arms "smoothing 0.5" "budget 0.5" --seeds 2 --jobs 2    # the smallest that says anything
+    python -m benchmarks.claims labels --arms "smoothing 0.5" "budget 0.5" --seeds 3 --jobs 2    # the smallest
     python -m benchmarks.claims sets --table-only True      # the page of what is there
 
 Every run is a file of its own under --out, so an experiment goes on at any point, and the same command started twice,
@@ -13,6 +13,7 @@ and .svg. `NAME --help` lists the flags.
 import json
 import shlex
 import sys
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from benchmarks.claims.registry import EXPERIMENTS
 from benchmarks.claims.units import read_units, run_missing
 from pretrain.stopping import run_to_its_end
 from setclip import config as configuration
+from setclip.errors import InputError
 from setclip.files import replacing, write_json
 from setclip.log import say
 from setclip.lookup import look_up
@@ -43,7 +45,7 @@ class ClaimsConfig:
     out: Path | None = None
     """Folder of data, runs and results; None: runs/claims/NAME. Runs that are done there are not run again."""
     pages: Path | None = None
-    """Folder of the page; None: docs/claims, with --quick, --arms or --seeds the folder of --out."""
+    """Folder of the page; None: docs/claims, of a part (--arms, fewer --seeds) and with --quick the folder of the runs."""
     json: Path | None = None
     """Another file for the page's figures."""
     seeds: int | None = None
@@ -70,27 +72,30 @@ class ClaimsConfig:
 
 def claims(name: str, config: ClaimsConfig) -> Path:
     """Runs what is missing of an experiment and writes its page; returns the page."""
-    work = _work(name, config)
+    experiment = EXPERIMENTS[name](_options(config))
+    look_up_arms(experiment, config)
+    failures: list[str] = []
     if not config.table_only:
-        look_up_arms(EXPERIMENTS[name](_options(config)), config)
-        task = partial(share, name, config)
+        ends = None if config.max_hours is None else time.time() + 3600 * config.max_hours
         if config.jobs > 1:
-            in_processes(task, config.jobs, work / "jobs")
-        else:
-            task()
-    is_a_part = config.quick or config.arms or config.seeds
-    pages = config.pages or (_out(name, config) if is_a_part else Path("docs/claims"))
-    return write_page(name, EXPERIMENTS[name](_options(config)), work, pages, config)
+            failures = in_processes(partial(share, name, config, ends), config.jobs, _work(name, config) / "jobs")
+        if not failures:  # what waited for what another process made, too
+            share(name, config, ends)
+    path = write_page(name, experiment, config)
+    if failures:
+        raise InputError(
+            f"expected {config.jobs} processes to end well; the same command goes on: " + "\n".join(failures)
+        )
+    return path
 
 
-def share(name: str, config: ClaimsConfig) -> int:
-    """Runs what no other process holds of what is missing; returns how many runs that were."""
-    options = _options(config)
-    experiment = EXPERIMENTS[name](options)
-    wanted = look_up_arms(experiment, config)
-    seeds = config.seeds or experiment.seeds
+def share(name: str, config: ClaimsConfig, ends: float | None) -> int:
+    """Runs what no other process holds of what is missing, until a time of the clock; returns how many runs that were."""
+    experiment = EXPERIMENTS[name](_options(config))
+    wanted = replace(experiment, arms=look_up_arms(experiment, config))
     data = _out(name, config).parent / "data"
-    return run_missing(replace(experiment, arms=wanted), _work(name, config), data, options, seeds, config.max_hours)
+    hours = None if ends is None else (ends - time.time()) / 3600
+    return run_missing(wanted, _work(name, config), data, _options(config), config.seeds or experiment.seeds, hours)
 
 
 def look_up_arms(experiment: Experiment, config: ClaimsConfig) -> dict[str, Arm]:
@@ -113,15 +118,21 @@ def _work(name: str, config: ClaimsConfig) -> Path:
     return out if units_of is None or config.out else ROOT / (units_of + out.name[len(name) :])
 
 
-def write_page(name: str, experiment: Experiment, work: Path, pages: Path, config: ClaimsConfig) -> Path:
-    """Writes the page of the runs that are there; returns its place."""
+def write_page(name: str, experiment: Experiment, config: ClaimsConfig) -> Path:
+    """Writes the page of the runs that are there and were asked for; returns its place."""
+    work = _work(name, config)
     path = work / "prepared.json"
     prepared = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    seeds = config.seeds or experiment.seeds
+    is_part = bool(config.arms) or seeds < experiment.seeds
     command = f"python -m benchmarks.claims {name}" + (" --quick True" if config.quick else "")
     command += f" --arms {shlex.join(config.arms)}" if config.arms else ""
     command += f" --seeds {config.seeds}" if config.seeds else ""
     units = read_units(work, common_settings(experiment, _options(config)))
+    if is_part:
+        units = [unit for unit in units if unit["arm"] in (config.arms or experiment.arms) and unit["seed"] < seeds]
     content = page.gather(name, experiment, units, prepared, command)
+    pages = config.pages or (work if is_part or config.quick else Path("docs/claims"))
     pages.mkdir(parents=True, exist_ok=True)
     write_json(pages / f"{name}.json", content)
     content = json.loads((pages / f"{name}.json").read_text(encoding="utf-8"))

@@ -154,10 +154,7 @@ def run_missing(
                 done += 1
         if done == before:
             if others:
-                say(
-                    f"{others} runs are being made by other calls, which go on with what waits for them; the page is of what is "
-                    "there now"
-                )
+                say(f"{others} runs are being made by other calls, which go on with what waits for them")
             return done
 
 
