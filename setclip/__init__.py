@@ -4,5 +4,5 @@ from setclip import quick_start, torchvision_cpu
 
 __version__ = "0.1.0"
 
-quick_start.begin()
+quick_start.begin_if_command()
 torchvision_cpu.install()

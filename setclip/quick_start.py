@@ -4,7 +4,8 @@ torch, open_clip and DeepSpeed make two million objects that stay; with Python's
 them again and again while they come, and finds nothing. What was imported is then frozen (`gc.freeze`) until the program
 ends, which spares the training's own collections looking at it, and forked loaders copying it.
 
-`begin()` is called by `setclip/__init__.py` and does nothing in other people's programs; `end()` by `setclip.config.command`.
+`begin_if_command()` is called by `setclip/__init__.py` and does nothing in other people's programs; `end()` by
+`setclip.config.command`. The tests begin and end it around their own making.
 """
 
 import atexit
@@ -30,10 +31,16 @@ def is_our_command(words: list[str]) -> bool:
     return False
 
 
-def begin() -> None:
+def begin_if_command() -> None:
     """Lets the collector wait, where this is one of our commands."""
+    if is_our_command(sys.orig_argv):
+        begin()
+
+
+def begin() -> None:
+    """Lets the collector wait until `end()`; nothing where it waits already."""
     global _before
-    if _before is None and is_our_command(sys.orig_argv):
+    if _before is None:
         _before = gc.get_threshold()
         gc.set_threshold(_MANY, *_before[1:])
 

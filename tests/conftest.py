@@ -1,26 +1,22 @@
 """What every test needs."""
 
-import atexit
-import gc
 import os
 from collections import Counter
 
-import setclip  # noqa: F401 (before torchvision, which some test modules import through open_clip)
+# setclip comes before torchvision, which some test modules import through open_clip.
+from setclip import quick_start
 
 # A run under test must not look for the tests' own launcher, nor use all cores of a shared machine.
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_PROCID"):
     os.environ.pop(name, None)
 
 # Modules and thousands of tests stay: they are made with few collections, then frozen, and no later one looks at them.
-_THRESHOLD = gc.get_threshold()
-gc.set_threshold(100_000, *_THRESHOLD[1:])
+quick_start.begin()
 
 
 def pytest_collection_finish():
     """The tests themselves run with Python's own settings."""
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # setclip.quick_start tells why
-    gc.set_threshold(*_THRESHOLD)
+    quick_start.end()
 
 
 def pytest_collection_modifyitems(config, items):

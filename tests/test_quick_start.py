@@ -45,15 +45,15 @@ def test_only_our_commands_are_started_so(words, is_ours):
 def test_a_program_that_imports_setclip_keeps_its_collector(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py"])
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
-    quick_start.begin()
+    quick_start.begin_if_command()
     quick_start.end()
     assert (gc.get_threshold(), gc.get_freeze_count()) == (before, frozen)
 
 
 def test_a_command_imports_with_few_collections_and_trains_with_pythons_own(as_command):
     before = gc.get_threshold()
-    quick_start.begin()
-    quick_start.begin()  # setclip was imported twice
+    quick_start.begin_if_command()
+    quick_start.begin_if_command()  # setclip was imported twice
     assert gc.get_threshold()[0] > 10 * before[0]
     seen = []
     config.command(lambda: seen.append((gc.get_threshold(), gc.get_freeze_count() > 10_000)))
@@ -62,7 +62,7 @@ def test_a_command_imports_with_few_collections_and_trains_with_pythons_own(as_c
 
 def test_a_command_that_fails_has_its_collector_again(as_command):
     before = gc.get_threshold()
-    quick_start.begin()
+    quick_start.begin_if_command()
 
     def fail():
         raise InputError("expected more")
