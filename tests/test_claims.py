@@ -1,5 +1,6 @@
 """The papers' claims as experiments: what is judged, that a killed experiment goes on, and a page that is made of JSON alone."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -317,6 +318,32 @@ def test_the_page_of_a_part_lies_beside_its_runs_and_names_the_part(tmp_path, mo
     assert "| high | 2 |" in text
     assert "| low | 0 |" in text
     assert "| high | 3 |" in whole
+
+
+def test_published_runs_are_gone_on_from_elsewhere_and_give_the_same_page(tmp_path, monkeypatch):
+    for place, seeds, taken, expected in (
+        ("here", 3, None, 9),  # "prepared", two candidates, and the seeds of three arms
+        ("there", 3, "here", 0),
+        ("further", 4, "there", 3),  # "prepared", and two arms that are drawn
+    ):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        calls: list = []
+        monkeypatch.setitem(EXPERIMENTS, "toy", lambda options, calls=calls: experiment_of(calls))
+        runs = None if taken is None else tmp_path / taken / "docs/claims/toy.runs.jsonl.gz"
+        claims("toy", ClaimsConfig(seeds=seeds, take_runs=runs))
+        assert len(calls) == expected
+    here, there = tmp_path / "here/docs/claims", tmp_path / "there/docs/claims"
+    assert (here / "toy.runs.jsonl.gz").read_bytes() == (there / "toy.runs.jsonl.gz").read_bytes()
+    first, second = (json.loads((folder / "toy.json").read_text()) for folder in (here, there))
+    assert {**first, "time": second["time"]} == second
+    assert "[toy.runs.jsonl.gz](toy.runs.jsonl.gz)" in (here / "toy.md").read_text()
+    claims("toy", ClaimsConfig(arms=("high",)))
+    assert "runs.jsonl" not in Path("runs/claims/toy/toy.md").read_text()
+    for content in (b"no gzip", gzip.compress(b"[1]\n"), gzip.compress(b"{}\n"), gzip.compress(b"x")[:-9]):
+        (tmp_path / "broken").write_bytes(content)
+        with pytest.raises(InputError, match=r"broken: expected runs as NAME\.runs\.jsonl\.gz has them"):
+            claims("toy", ClaimsConfig(take_runs=tmp_path / "broken"))
 
 
 def test_the_hours_of_a_sitting_count_once_for_all_processes(tmp_path, monkeypatch):

@@ -100,6 +100,29 @@ def courses(cases):
     return found
 
 
+@pytest.mark.parametrize(("model_cfg", "is_channels_last"), [(RESNET, True), (CFG, False)])
+def test_pictures_lie_channels_last_before_convolutions_alone_and_features_and_gradients_are_the_same(
+    model_cfg, is_channels_last
+):
+    world = distributed.start("cpu")
+    engine = make_engine(world, ModelConfig(), model_cfg=model_cfg)
+    seen = []
+    engine.model.visual.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    torch.manual_seed(0)
+    plain = build_for_training(model_cfg, ModelConfig()).train()
+    images, tokens, *_ = batch()
+    found = engine.forward(images, tokens)
+    expected = plain(images, tokens)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) == is_channels_last
+    torch.testing.assert_close(found.images, expected[0], rtol=0, atol=2e-6)
+    engine.deepspeed.backward((found.images * images.mean((1, 2, 3))[:, None]).sum())
+    (expected[0] * images.mean((1, 2, 3))[:, None]).sum().backward()
+    for (name, ours), theirs in zip(engine.model.visual.named_parameters(), plain.visual.parameters(), strict=True):
+        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp_min(1e-2)
+        assert error < 1e-4, name
+    engine.close()
+
+
 def check_alike(found, expected, tolerance=3e-6):
     for step, of_one in zip(found[0], expected[0], strict=True):
         assert step == pytest.approx(of_one, rel=tolerance)

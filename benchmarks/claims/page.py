@@ -255,6 +255,11 @@ def markdown(content: Mapping[str, Any], figure: str | None = None) -> str:
     commits = ", ".join(f"`{c[:7]}{c[40:]}`" if len(c) >= 40 else c for c in content["commits"]) or "unknown"
     made = f"Made by `{content['command']}` at commit {commits}"
     made += f"; the figures are in [{content['name']}.json]({content['name']}.json)."
+    if content.get("runs_file") is not None:
+        made += (
+            f" Every run by itself is in [{content['runs_file']}]({content['runs_file']}), from which the command goes on "
+            "with `--take-runs`."
+        )
     if content["uncommitted_runs"]:
         made += (
             f" {content['uncommitted_runs']} of {content['time']['runs']} runs were made with changes that were not "

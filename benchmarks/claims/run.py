@@ -4,10 +4,11 @@
     python -m benchmarks.claims labels --max-hours 0.5      # one sitting; the same command goes on
     python -m benchmarks.claims labels --arms "smoothing 0.5" "budget 0.5" --seeds 3 --jobs 2    # the smallest
     python -m benchmarks.claims sets --table-only True      # the page of what is there
+    python -m benchmarks.claims batch --take-runs docs/claims/batch.runs.jsonl.gz --seeds 7    # go on from published runs
 
 Every run is a file of its own under --out, so an experiment goes on at any point, and the same command started twice,
-on machines with one folder, shares the runs. At the end of each sitting the page is written anew: PAGES/NAME.md, .json
-and .svg. `NAME --help` lists the flags.
+on machines with one folder, shares the runs. At the end of each sitting the page is written anew: PAGES/NAME.md, .json,
+.svg and, with all runs, .runs.jsonl.gz. `NAME --help` lists the flags.
 """
 
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.claims import page
+from benchmarks.claims.archive import take_runs, write_archive
 from benchmarks.claims.experiment import Arm, Experiment, Options
 from benchmarks.claims.figure import write_figure
 from benchmarks.claims.identity import common_settings
@@ -58,6 +60,8 @@ class ClaimsConfig:
     """Begin no run that would end after so many hours of this sitting."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
+    take_runs: Path | None = None
+    """A NAME.runs.jsonl.gz, of which the runs that --out lacks are taken: to go on from, or for --table-only."""
     table_only: bool = False
     """Run nothing; write the page of what is there."""
 
@@ -74,6 +78,8 @@ def claims(name: str, config: ClaimsConfig) -> Path:
     """Runs what is missing of an experiment and writes its page; returns the page."""
     experiment = EXPERIMENTS[name](_options(config))
     look_up_arms(experiment, config)
+    if config.take_runs is not None:
+        say(f"{take_runs(config.take_runs, _work(name, config))} runs taken from {config.take_runs}")
     failures: list[str] = []
     if not config.table_only:
         ends = None if config.max_hours is None else time.time() + 3600 * config.max_hours
@@ -134,6 +140,9 @@ def write_page(name: str, experiment: Experiment, config: ClaimsConfig) -> Path:
     content = page.gather(name, experiment, units, prepared, command)
     pages = config.pages or (work if is_part or config.quick else Path("docs/claims"))
     pages.mkdir(parents=True, exist_ok=True)
+    if pages != work and experiment.units_of is None:
+        content["runs_file"] = f"{name}.runs.jsonl.gz"
+        write_archive(pages / content["runs_file"], units)
     write_json(pages / f"{name}.json", content)
     content = json.loads((pages / f"{name}.json").read_text(encoding="utf-8"))
     figure = None
