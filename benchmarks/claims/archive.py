@@ -1,6 +1,6 @@
 """An experiment's finished runs in one file beside its page, from which it goes on elsewhere, or its page is made anew.
 
-    PAGES/NAME.runs.jsonl.gz     gzip; a line is a run, as `benchmarks.claims.units` keeps it: settings, data, all figures, commit
+PAGES/NAME.runs.jsonl.gz     gzip; a line is a run, as `benchmarks.claims.units` keeps it: settings, data, all figures, commit
 """
 
 import gzip
