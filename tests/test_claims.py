@@ -20,8 +20,9 @@ from scipy import stats
 
 from benchmarks.claims import corpus, page
 from benchmarks.claims.appearance import describe_nouns
+from benchmarks.claims.choice import choose
 from benchmarks.claims.corpus import LABELS, batch, domains, labels
-from benchmarks.claims.experiment import Arm, Claim, Experiment, Found, Measure, Options, Plot, Row, Table
+from benchmarks.claims.experiment import Arm, Claim, Default, Experiment, Found, Measure, Options, Plot, Row, Table
 from benchmarks.claims.figure import write_figure
 from benchmarks.claims.identity import check_unit, common_settings, shards_of
 from benchmarks.claims.jobs import in_processes
@@ -35,7 +36,7 @@ from data_prep.plan import Record
 from data_prep.sources.folder import FolderConfig, plan
 from finetune.config import FinetuneConfig
 from finetune.data import open_parts
-from pretrain.config import RECIPES
+from pretrain.config import RECIPES, PretrainConfig
 from pretrain.stopping import Stopped
 from setclip.descriptions import read_descriptions
 from setclip.errors import InputError
@@ -346,6 +347,45 @@ def test_published_runs_are_gone_on_from_elsewhere_and_give_the_same_page(tmp_pa
             claims("toy", ClaimsConfig(take_runs=tmp_path / "broken"))
 
 
+def held_out(values: dict) -> dict:
+    return {"seeds": list(values), "held_out": {"values": list(values.values())} if values else None}
+
+
+def test_a_default_stays_unless_held_out_figures_choose_another_beyond_chance():
+    rows = {
+        "today": held_out({0: 10.0, 1: 14.0, 2: 12.0, 3: 11.0}),
+        "better": held_out({0: 12.1, 1: 16.0, 2: 13.9, 3: 13.0}),
+        "best of one": held_out({3: 90.0}),
+        "noise": held_out({0: 30.0, 1: 4.0, 2: 12.0, 3: 11.0}),
+        "worse": held_out({0: 8.0, 1: 12.1, 2: 10.0, 3: 9.0}),
+        "not run": held_out({}),
+    }
+    found = choose(Default(what="β", row="today", others=tuple(rows)[1:]), rows)
+    assert found["chosen"] == "better"
+    compared = {each["row"]: each for each in found["compared"]}
+    assert set(compared) == set(rows) - {"today", "not run"}
+    expected = stats.ttest_rel([12.1, 16.0, 13.9, 13.0], [10.0, 14.0, 12.0, 11.0]).pvalue
+    assert compared["better"]["p_value"] == pytest.approx(expected)
+    assert compared["better"]["p_value_holm"] > compared["better"]["p_value"]
+    assert compared["best of one"]["count"] == 1
+    rows["better"] = held_out({0: 12.1, 1: 13.9, 2: 13.9, 3: 13.0})
+    assert choose(Default(what="β", row="today", others=("better", "noise", "worse")), rows)["chosen"] == "today"
+    assert choose(Default(what="β", row="not run", others=("better",)), rows)["compared"] == []
+
+
+def test_a_page_tells_what_its_held_out_figures_choose(tmp_path):
+    experiment = replace(experiment_of([]), default=Default(what="the rate", row="high", others=("low", "still")))
+    assert "Not run yet." in page.markdown(content_of(experiment, tmp_path))
+    run_all(experiment, tmp_path)
+    text = page.markdown(content_of(experiment, tmp_path))
+    assert_tables_are_whole(text)
+    assert "Held-out figures choose the rate: *high* is the default" in text
+    assert "| low | -10.1 | -10.3 to -9.9 |" in text
+    assert "**high** stays." in text
+    swapped = replace(experiment, default=Default(what="the rate", row="low", others=("high",)))
+    assert "**high** is chosen instead." in page.markdown(content_of(swapped, tmp_path))
+
+
 def test_the_hours_of_a_sitting_count_once_for_all_processes(tmp_path, monkeypatch):
     calls: list = []
     monkeypatch.setitem(EXPERIMENTS, "toy", lambda options: experiment_of(calls))
@@ -587,6 +627,11 @@ def test_every_claim_of_an_experiment_is_about_its_rows_and_measures(name, is_qu
     for claim in experiment.claims:
         assert {claim.better, claim.worse} <= set(experiment.rows)
         assert claim.measure in experiment.measures
+    if experiment.default is not None:
+        assert {experiment.default.row, *experiment.default.others} <= set(experiment.rows)
+        first = experiment.arms[experiment.rows[experiment.default.row].arm]
+        config = with_settings(PretrainConfig(), first.settings, 0, Path("x"))
+        assert (config.loss, config.text) == (PretrainConfig().loss, PretrainConfig().text), "what the code has"
     if not is_quick:
         assert experiment.claims
         assert experiment.seeds >= 3

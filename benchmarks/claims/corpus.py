@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.appearance import describe_nouns
-from benchmarks.claims.experiment import Arm, Claim, Experiment, Found, Measure, Options, Plot, Row, Unit
+from benchmarks.claims.experiment import (
+    Arm,
+    Claim,
+    Default,
+    Experiment,
+    Found,
+    Measure,
+    Options,
+    Plot,
+    Row,
+    Unit,
+)
 from benchmarks.claims.identity import shards_of
 from benchmarks.claims.pretraining import figures, pretrained, retrieval, with_settings, zero_shot
 from data_prep.run import prepare as prepare_shards
@@ -176,6 +187,13 @@ LABELS: dict[str, Arm] = {
 }
 
 
+LOSS_DEFAULT = Default(
+    what="`loss.target`, `loss.beta` and `loss.weights`",
+    row="budget 0.2",
+    others=("budget 0.1", "budget 0.5", "l1", "softmax", "weighted"),
+)
+
+
 def _more(text: str, source: str, better: str, worse: str, measure: str = "top1", margin: float = TOP1_MARGIN) -> Claim:
     return Claim(text=text, source=source, better=better, worse=worse, measure=measure, margin=margin)
 
@@ -222,6 +240,7 @@ def labels(options: Options) -> Experiment:
         measures=MEASURES,
         claims=_claims(LABEL_CLAIMS, rows),
         chosen_by="top1",
+        default=None if options.quick else LOSS_DEFAULT,
         seeds=2 if options.quick else 5,
         prepare=prepare,
         run=run,
@@ -244,6 +263,7 @@ def tail(options: Options) -> Experiment:
     )
     return replace(
         found,
+        default=None,
         title="Accuracy by how often captions name an object",
         question="Do soft labels help objects that captions seldom name, or those that they name often?",
         measures=names,
@@ -335,6 +355,11 @@ def domains(options: Options) -> Experiment:
             rows,
         ),
         chosen_by="top1",
+        default=Default(
+            what="`text.prompt` and `text.description`",
+            row="captions, by templates",
+            others=tuple(f"{name}, by templates" for name in arms if name != "captions"),
+        ),
         seeds=2 if options.quick else 5,
         prepare=prepare,
         run=run,

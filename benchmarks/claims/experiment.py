@@ -74,6 +74,17 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Default:
+    """A default of the code, which held-out data may change."""
+
+    what: str
+    """The settings, by their flags."""
+    row: str
+    """That of today, the source's"""
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """What a run measured."""
 
@@ -139,6 +150,7 @@ class Experiment:
     run: Callable[[Any, Mapping[str, Any], int, Path], Found]
     """(what `prepare` returned, settings, seed, folder of its own) → what it measured."""
     tables: Callable[[Sequence[Unit]], Sequence[Table]] = lambda units: ()
+    default: Default | None = None
     plot: Callable[[Sequence[Unit]], Plot | None] | None = None
     """None: the measure that chooses, of each row."""
     settings: Mapping[str, Any] = field(default_factory=dict)

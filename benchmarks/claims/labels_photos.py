@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.corpus import CONTROL, LABELS, RSUM_MARGIN, TOP1_MARGIN
+from benchmarks.claims.corpus import CONTROL, LABELS, LOSS_DEFAULT, RSUM_MARGIN, TOP1_MARGIN
 from benchmarks.claims.experiment import Arm, Claim, Experiment, Found, Measure, Options, Row
 from benchmarks.claims.identity import shards_of
 from benchmarks.claims.photographs import prepare_photographs, source_folder
@@ -153,6 +153,7 @@ def experiment(options: Options) -> Experiment:
         },
         claims=claims,
         chosen_by="rsum",
+        default=None if options.quick else LOSS_DEFAULT,
         seeds=1 if options.quick else 5,
         prepare=prepare,
         run=run,

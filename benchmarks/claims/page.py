@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.claims.choice import choose
 from benchmarks.claims.experiment import Claim, Experiment, Plot, Row, Unit
 from benchmarks.claims.identity import flat
 from benchmarks.claims.judge import Paired, holds_chance, holm, paired, verdict
@@ -53,6 +54,7 @@ def gather(
         "chance": {measure: chance[measure] for measure in experiment.measures if measure in chance},
         "claims": _claims(experiment.claims, rows, chance),
         "chosen_by": experiment.chosen_by,
+        "default": None if experiment.default is None else choose(experiment.default, rows),
         "tried": {arm: each for arm, each in tried.items() if len(experiment.arms[arm].candidates) > 1},
         "tables": [asdict(table) for table in experiment.tables(of_chosen)],
         "plot": None if drawn is None else asdict(drawn),
@@ -273,6 +275,8 @@ def markdown(content: Mapping[str, Any], figure: str | None = None) -> str:
     if figure is not None:
         parts.append(f"![{content['plot']['title']}]({figure})\n\n{content['plot']['title']}.")
     parts += [f"## {t['title']}\n\n{t['text']}\n\n{_table(t['header'], t['rows'])}" for t in content["tables"]]
+    if content.get("default") is not None:
+        parts.append("## The default\n\n" + _default_text(content))
     if content["tried"]:
         parts.append("## What was tried\n\n" + _tried_text(content))
     parts.append("## What this does not say\n\n" + "\n".join(f"- {limit}" for limit in content["limits"]))
@@ -337,9 +341,8 @@ def _figures_text(content: Mapping[str, Any]) -> str:
     if content["chance"]:
         levels = [f"{content['chance'][measure]:.2g}" if measure in content["chance"] else "" for measure in there]
         rows.append(["chance", "", *levels, ""])
-    chosen_by = content["chosen_by"]
-    held_out = f"held-out {measures[chosen_by]['heading'] if chosen_by in measures else chosen_by}"
-    table = _table(["arm", "seeds", *(measures[name]["heading"] for name in there), held_out], rows)
+    header = ["arm", "seeds", *(measures[name]["heading"] for name in there), f"held-out {_chosen_by(content)}"]
+    table = _table(header, rows)
     whats = "\n".join(
         f"- {name}: " + "; ".join(filter(None, [row["what"], _settings_text(row["settings"] or {}), _steps_text(row)]))
         for name, row in content["rows"].items()
@@ -371,6 +374,33 @@ def _mean_text(measured: Mapping[str, Any] | None, digits: int, seeds: int) -> s
     spread = "" if measured["deviation"] is None else f" ± {measured['deviation']:.{digits}f}"
     there = len(measured["values"])
     return f"{measured['mean']:.{digits}f}{spread}" + (f" ({there} of {seeds})" if there < seeds else "")
+
+
+def _default_text(content: Mapping[str, Any]) -> str:
+    default = content["default"]
+    told = f"Held-out figures choose {default['what']}: *{default['row']}* is the default, and stays it unless the held-out "
+    told += (
+        f"{_chosen_by(content)} of another is above it with an adjusted p below 0.05 (the same test as of claims, for as many "
+        "comparisons as there are)."
+    )
+    rows = []
+    for each in default["compared"]:
+        interval = "–" if each["interval_95"] is None else " to ".join(f"{bound:+.1f}" for bound in each["interval_95"])
+        p = " / ".join("–" if each[n] is None else f"{each[n]:.2g}" for n in ("p_value", "p_value_holm"))
+        rows.append([each["row"], f"{each['mean']:+.1f}", interval, p, str(each["count"])])
+    if not rows:
+        return f"{told} Not run yet."
+    table = _table(["instead", "held-out difference", "95 % interval", "p / adjusted", "seeds"], rows)
+    chosen = f"**{default['chosen']}**"
+    return f"{told}\n\n{table}\n\n" + (
+        f"{chosen} stays." if default["chosen"] == default["row"] else f"{chosen} is chosen instead."
+    )
+
+
+def _chosen_by(content: Mapping[str, Any]) -> str:
+    """Returns the held-out measure that chooses, in words."""
+    name: str = content["chosen_by"]
+    return str(content["measures"][name]["heading"]) if name in content["measures"] else name
 
 
 def _tried_text(content: Mapping[str, Any]) -> str:
