@@ -533,36 +533,43 @@ def test_seeds_without_a_value_leave_the_others_of_their_measure(tmp_path):
     assert (claim["seeds"], claim["verdict"], claim["why"]) == (0, "inconclusive", "no value on 3 seeds")
 
 
-def test_a_difference_of_rows_is_inconclusive_where_chance_explains_what_it_is_made_of(tmp_path):
+def test_a_row_less_an_arm_has_differences_by_seed_and_is_inconclusive_where_chance_explains_one_of_them(tmp_path):
     experiment = experiment_of([])
     run_all(experiment, tmp_path)
-    folder = tmp_path / "units"
-    for path in folder.glob("high-seed*.json"):
-        unit = json.loads(path.read_text())
-        unit["values"] |= {"gain.score": 0.5 + unit["seed"], "a.score": 1.0 + 0.1 * unit["seed"], "b.score": 9.0}
-        path.write_text(json.dumps(unit))
-    for parts, why in (((), "chance"), (("b.",), ""), (("a.", "b."), "chance")):
-        rows = {**experiment.rows, "gain": Row(arm="high", prefix="gain.", parts=parts)}
-        claim = claim_of(replace(experiment, rows=rows), tmp_path, better="gain", kind="less")
-        assert why in claim["why"], parts
-        assert bool(why) == (claim["verdict"] == "inconclusive")
+    rows = {**experiment.rows, "gain": Row(arm="high", minus="low")}
+    experiment = replace(experiment, rows=rows)
+    (tmp_path / "units/high-seed1.json").unlink()
+    row = content_of(experiment, tmp_path)["rows"]["gain"]
+    assert row["seeds"] == row["measures"]["score"]["seeds"] == [0, 2]
+    assert row["measures"]["score"]["values"] == row["held_out"]["values"] == [10.0, pytest.approx(10.2)]
+    assert row["measures"]["score"]["parts"] == [[20.0, 21.2], [10.0, 11.0]]
+    assert row["measures"]["some"]["seeds"] == [2], "a side without a value has no difference"
+    assert row["what"] == "high less low, seed by seed"
+    text = page.markdown(content_of(experiment, tmp_path))
+    assert "| gain | 2 | 10.1 ± 0.1 | 10.2 (1 of 2) |" in text
+    assert_tables_are_whole(text)
+    for arm, why in ((None, ""), ("high", "chance"), ("low", "chance")):
+        units = read_units(tmp_path, {})
+        for unit in units:
+            if unit["arm"] == arm:
+                unit["values"] = {**unit["values"], "score": 1.0 + 0.1 * unit["seed"]}
+        claim = replace(experiment.claims[0], better="gain", worse="still")
+        found = page.gather("made up", replace(experiment, claims=[claim]), units, {}, "x")["claims"][0]
+        assert why in found["why"], arm
 
 
-def test_the_gain_of_a_batch_hands_on_chance_and_names_its_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "pretrained", lambda recipe, config: config.out)
-    monkeypatch.setattr(
-        corpus,
-        "_measured",
-        lambda data, place, kind, front: Found(
-            values={f"{front}top1": 3.0, f"{front}rsum": 9.0}, held_out={}, chance={"top1": 2.0, "rsum": 8.0}
-        ),
-    )
-    data = corpus.Corpus(QUICK, tmp_path, tmp_path, RECIPES["tiny"]())
-    experiment = batch(QUICK)
-    found = experiment.run(data, {"batch": 32}, 0, tmp_path)
-    assert found.chance == {"top1": 2.0, "rsum": 8.0}
-    assert found.values["gain.top1"] == 0
-    assert experiment.rows["32, the second less the first"].parts == ("hard.", "iou.")
+def test_every_batch_takes_as_many_pairs(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(corpus, "pretrained", lambda recipe, config: asked.append(config) or tmp_path)
+    monkeypatch.setattr(corpus, "_measured", lambda data, base, place, kind: base.steps)
+    options = Options(quick=False)
+    experiment = batch(options)
+    data = corpus.Corpus(options, tmp_path, tmp_path, RECIPES["tiny"]())
+    steps = [experiment.run(data, arm.settings, 0, tmp_path) for arm in experiment.arms.values()]
+    assert steps == [200, 200, 100, 100, 50, 50, 25, 25, 12, 12]
+    assert [config.global_batch_size for config in asked[::2]] == [256, 512, 1024, 2048, 4096]
+    assert {config.loss.name for config in asked[1::2]} == {"object_iou"}
+    assert experiment.rows["4,096, the second less the first"].minus == "4,096, hard"
 
 
 def test_a_page_tells_its_history_its_shards_and_uncommitted_changes(tmp_path):

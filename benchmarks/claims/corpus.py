@@ -6,6 +6,7 @@ test scenes and zero-shot pictures.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,12 +126,16 @@ def _made_of(corpus: Corpus) -> dict[str, Any]:
 
 
 def run(corpus: Corpus, settings: Mapping[str, Any], seed: int, out: Path) -> Found:
-    """Trains with an arm's loss and text domains, and evaluates."""
-    run_folder = pretrained("tiny", with_settings(corpus.base, settings, seed, out))
-    return _measured(corpus, run_folder, settings.get("prototypes", "templates"), "")
+    """Trains with an arm's loss, text domains and batch, on as many pairs as all others, and evaluates."""
+    base = corpus.base
+    if "batch" in settings:
+        steps = max(1, _number_of_pairs(corpus.options) // settings["batch"])
+        base = replace(base, global_batch_size=settings["batch"], steps=steps)
+    run_folder = pretrained("tiny", with_settings(base, settings, seed, out))
+    return _measured(corpus, base, run_folder, settings.get("prototypes", "templates"))
 
 
-def _measured(corpus: Corpus, run_folder: Path, prototypes: str, front: str) -> Found:
+def _measured(corpus: Corpus, base: PretrainConfig, run_folder: Path, prototypes: str) -> Found:
     device = corpus.options.device
     values: dict[str, float | None] = {}
     chance: dict[str, float] = {}
@@ -145,13 +150,13 @@ def _measured(corpus: Corpus, run_folder: Path, prototypes: str, front: str) -> 
             run_folder, device, name="scenes", data=place, prototypes=prototypes, objects=objects, **described
         )
         for results in (classes, retrieval(run_folder, place, "test", device)):
-            for name, value, level, interval in figures(results, front):
+            for name, value, level, interval in figures(results):
                 if place == corpus.held_out:
                     held_out[name] = value
                     continue
                 values[name] = value
                 if level is not None:
-                    chance[name.removeprefix(front)] = level
+                    chance[name] = level
                 if interval is not None:
                     intervals[name] = interval
         of_classes = classes
@@ -162,7 +167,7 @@ def _measured(corpus: Corpus, run_folder: Path, prototypes: str, front: str) -> 
         held_out=held_out,
         chance=chance,
         intervals=intervals,
-        steps=corpus.base.steps,
+        steps=base.steps,
         more={"classes": table},
     )
 
@@ -376,30 +381,38 @@ def domains(options: Options) -> Experiment:
 
 # --- batch
 
-_BOTH = {"hard": {"name": "hard"}, "iou": {"name": "object_iou", "beta": 0.2}}
+_BOTH = {"hard": {"name": "hard"}, "Object-IoU": {"name": "object_iou", "beta": 0.2}}
+
+
+def _number_of_pairs(options: Options) -> int:
+    return 3 * 64 if options.quick else STEPS * BATCH
 
 
 def batch(options: Options) -> Experiment:
     """Does the advantage of soft labels grow with the batch, which has more false negatives?"""
     sizes = (32, 64) if options.quick else (256, 512, 1024, 2048, 4096)
+    between = (512, 2048)
     arms = {
-        f"{size:,}": Arm(what=f"hard labels and Object-IoU 0.2, batches of {size:,}", settings={"batch": size})
+        f"{size:,}, {words}": Arm(
+            what=f"batches of {size:,}", settings={"batch": size, "loss": loss}, comes_last=size in between
+        )
         for size in sizes
+        for words, loss in _BOTH.items()
     }
-    rows = {
-        f"{size}, {words}": Row(arm=size, prefix=f"{key}.", parts=("hard.", "iou.") if key == "gain" else ())
-        for size in arms
-        for key, words in (("hard", "hard"), ("iou", "Object-IoU"), ("gain", "the second less the first"))
-    }
+    gains = {f"{size:,}": f"{size:,}, the second less the first" for size in sizes}
+    rows: dict[str, Row] = {}
+    for size, gain in gains.items():
+        first, second = (f"{size}, {words}" for words in _BOTH)
+        rows |= {first: Row(arm=first), second: Row(arm=second), gain: Row(arm=second, minus=first)}
     names = {name: MEASURES[name] for name in ("top1", "top1_tail", "i2t_r1", "t2i_r1", "rsum")}
-    ends = [f"{f'{size:,}'}, the second less the first" for size in (sizes[-1], sizes[0])]
+    ends = [gains[f"{size:,}"] for size in (sizes[-1], sizes[0])]
     return Experiment(
         title="Soft labels against the size of batches",
         question="A larger batch has more pairs that share objects. Does what Object-IoU brings grow with it?",
         about={
             **_ABOUT,
-            "Training": f"as many pairs for every size, {STEPS * BATCH:,}, so fewer steps with larger batches, at the "
-            "recipe's learning rate. A run trains with both losses.",
+            "Training": f"whole batches out of {_number_of_pairs(options):,} pairs for every size, so fewer steps with larger "
+            "batches, at the recipe's learning rate.",
         },
         limits=(
             *_LIMITS,
@@ -410,59 +423,32 @@ def batch(options: Options) -> Experiment:
         rows=rows,
         measures=names,
         claims=[
-            _more("the gain in top-1 grows from the smallest to the largest batch", "asked here", ends[0], ends[1]),
+            _more("the gain in top-1 grows from the smallest to the largest batch", "asked here", *ends),
             _more(
                 "the gain in retrieval grows from the smallest to the largest batch",
                 "asked here",
-                ends[0],
-                ends[1],
+                *ends,
                 "rsum",
                 RSUM_MARGIN,
             ),
         ],
         chosen_by="top1",
-        seeds=2 if options.quick else 5,
+        seeds=1 if options.quick else 5,
         prepare=prepare,
-        run=_run_both,
+        run=run,
         plot=_by_batch,
         **_same(options),
     )
 
 
-def _run_both(corpus: Corpus, settings: Mapping[str, Any], seed: int, out: Path) -> Found:
-    """Trains with hard labels and with Object-IoU, and says what the second brings."""
-    size = settings["batch"]
-    pairs = (3 * 64) if corpus.options.quick else STEPS * BATCH
-    base = replace(corpus.base, global_batch_size=size, steps=max(1, pairs // size))
-    found = {}
-    for name, loss in _BOTH.items():
-        place = pretrained("tiny", with_settings(base, {"loss": loss}, seed, out / name))
-        found[name] = _measured(corpus, place, "templates", f"{name}.")
-    values = {**found["hard"].values, **found["iou"].values}
-    for name in found["hard"].chance:
-        first, second = values[f"hard.{name}"], values[f"iou.{name}"]
-        assert first is not None
-        assert second is not None
-        values[f"gain.{name}"] = second - first
-    first, second = values["hard.rsum"], values["iou.rsum"]
-    values["gain.rsum"] = None if first is None or second is None else second - first
-    return Found(
-        values=values,
-        held_out={**found["hard"].held_out, **found["iou"].held_out},
-        chance=found["hard"].chance,
-        intervals={**found["hard"].intervals, **found["iou"].intervals},
-        steps=base.steps,
-    )
-
-
 def _by_batch(units: Sequence[Unit]) -> Plot | None:
     series: dict[str, list[list[float]]] = {}
-    for key, words in (("hard", "hard"), ("iou", "Object-IoU 0.2")):
-        for size in sorted({unit["settings"]["batch"] for unit in units}):
-            values = [u["values"][f"{key}.top1"] for u in units if u["settings"]["batch"] == size]
-            mean = sum(values) / len(values)
-            deviation = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
-            series.setdefault(words, []).append([size, mean, deviation])
+    for words, loss in _BOTH.items():
+        of_loss = [unit for unit in units if unit["settings"]["loss"] == loss]
+        for size in sorted({unit["settings"]["batch"] for unit in of_loss}):
+            values = [unit["values"]["top1"] for unit in of_loss if unit["settings"]["batch"] == size]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            series.setdefault(words, []).append([size, statistics.fmean(values), deviation])
     if not series:
         return None
     return Plot(

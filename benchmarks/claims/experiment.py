@@ -41,8 +41,8 @@ class Row:
     arm: str
     prefix: str = ""
     """In front of the names of its values."""
-    parts: tuple[str, ...] = ()
-    """Prefixes of what its values are differences of, which chance must not explain; (): chance is asked of its own values."""
+    minus: str | None = None
+    """An arm whose values are taken away, seed by seed; chance is then asked of both arms' values."""
 
 
 @dataclass(frozen=True, kw_only=True)

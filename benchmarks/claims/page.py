@@ -29,7 +29,7 @@ def gather(
     """
     tried = {arm: _tried(experiment, units, arm) for arm in experiment.arms}
     chosen = {arm: _chosen(experiment, tried[arm]) for arm in experiment.arms}
-    rows = {name: _row(experiment, units, row, chosen[row.arm]) for name, row in experiment.rows.items()}
+    rows = {name: _row(experiment, units, row, chosen) for name, row in experiment.rows.items()}
     chance: dict[str, float] = {}
     for unit in units:
         chance |= unit["chance"]
@@ -82,32 +82,56 @@ def _chosen(experiment: Experiment, tried: Sequence[Mapping[str, Any]]) -> tuple
     return (next(each["candidate"] for each in tried if each["held_out"] == best),)
 
 
-def _row(experiment: Experiment, units: Sequence[Unit], row: Row, chosen: tuple[int | None] | None) -> dict[str, Any]:
+def _row(
+    experiment: Experiment, units: Sequence[Unit], row: Row, chosen: Mapping[str, tuple[int | None] | None]
+) -> dict[str, Any]:
     arm = experiment.arms[row.arm]
-    own = [] if chosen is None else [u for u in units if u["arm"] == row.arm and u["candidate"] == chosen[0]]
-    own = sorted(own, key=lambda unit: unit["seed"])
+    own = _seeds_of(units, row.arm, chosen[row.arm])
+    sides = [own]
+    if row.minus is not None:
+        other = _seeds_of(units, row.minus, chosen[row.minus])
+        sides = [{seed: each[seed] for seed in own if seed in other} for each in (own, other)]
+
+    def value(seed: int, kind: str, name: str) -> float | None:
+        values = [side[seed][kind].get(row.prefix + name) for side in sides]
+        if any(each is None for each in values):
+            return None
+        return values[0] if len(values) == 1 else values[0] - values[1]
+
     measures: dict[str, Any] = {}
     for measure in experiment.measures:
-        there = [unit for unit in own if unit["values"].get(row.prefix + measure) is not None]
+        there = [seed for seed in sides[0] if value(seed, "values", measure) is not None]
         if there:
+            name = row.prefix + measure
+            is_difference = row.minus is not None
             measures[measure] = {
-                **(_spread([unit["values"][row.prefix + measure] for unit in there]) or {}),
-                "seeds": [unit["seed"] for unit in there],
-                "parts": [[unit["values"][prefix + measure] for unit in there] for prefix in row.parts],
-                "intervals_over_queries": [unit["intervals"].get(row.prefix + measure) for unit in there],
+                **(_spread([value(seed, "values", measure) for seed in there]) or {}),
+                "seeds": there,
+                "parts": [[side[seed]["values"][name] for seed in there] for side in sides] if is_difference else [],
+                "intervals_over_queries": [
+                    None if is_difference else own[seed]["intervals"].get(name) for seed in there
+                ],
             }
+    there = [own[seed] for seed in sides[0]]
+    is_told = bool(there) and row.minus is None
     return {
         "arm": row.arm,
-        "what": arm.what,
+        "what": arm.what if row.minus is None else f"{row.arm} less {row.minus}, seed by seed",
         "is_fixed": arm.is_fixed,
-        "settings": None if chosen is None else own[0]["settings"] if own else None,
-        "seeds": [unit["seed"] for unit in own],
+        "settings": there[0]["settings"] if is_told else None,
+        "seeds": list(sides[0]),
         "measures": measures,
-        "held_out": _spread([unit["held_out"].get(row.prefix + experiment.chosen_by) for unit in own]),
-        "steps": own[0]["steps"] if own else None,
-        "seconds": [unit["seconds"] for unit in own],
-        "cpu_seconds": [unit["cpu_seconds"] for unit in own],
+        "held_out": _spread([value(seed, "held_out", experiment.chosen_by) for seed in sides[0]]),
+        "steps": there[0]["steps"] if is_told else None,
+        "seconds": [unit["seconds"] for unit in there],
+        "cpu_seconds": [unit["cpu_seconds"] for unit in there],
     }
+
+
+def _seeds_of(units: Sequence[Unit], arm: str, chosen: tuple[int | None] | None) -> dict[int, Unit]:
+    """Returns seed to unit of an arm with what was chosen of it, in order."""
+    own = [] if chosen is None else [u for u in units if u["arm"] == arm and u["candidate"] == chosen[0]]
+    return {unit["seed"]: unit for unit in sorted(own, key=lambda unit: unit["seed"])}
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:

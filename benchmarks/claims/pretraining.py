@@ -60,9 +60,7 @@ def retrieval(run: Path, data: Path, split: str, device: str) -> Results:
     ).results
 
 
-def figures(
-    results: Results, prefix: str = ""
-) -> Iterator[tuple[str, float, float | None, tuple[float, float] | None]]:
+def figures(results: Results) -> Iterator[tuple[str, float, float | None, tuple[float, float] | None]]:
     """Yields (name, value, chance, interval) of all metrics of an evaluation."""
     for name, metric in results.metrics.items():
-        yield prefix + name, metric.value, metric.chance, metric.interval_95
+        yield name, metric.value, metric.chance, metric.interval_95
