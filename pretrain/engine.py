@@ -225,10 +225,10 @@ class _Capped(torch.autograd.Function):
         return torch.where(ctx.is_at_cap & (gradient < 0), 0.0, gradient), None
 
 
-def _memory_format(model: torch.nn.Module) -> torch.memory_format:
+def _memory_format(model: Any) -> torch.memory_format:
     """Returns how pictures lie in memory: with channels last before a tower of convolutions, which keep that layout.
 
-    It takes less time (docs/results.md); a transformer's one convolution would gain nothing.
+    It takes less time (docs/results.md). The one convolution of a plain transformer would gain nothing.
     """
-    convolutions = [m for m in getattr(model, "visual", model).modules() if isinstance(m, torch.nn.Conv2d)]
+    convolutions = [m for m in model.visual.modules() if isinstance(m, torch.nn.Conv2d)]
     return torch.channels_last if len(convolutions) > 1 else torch.preserve_format

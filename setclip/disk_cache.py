@@ -84,7 +84,8 @@ class DiskCache:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())  # its length is there already: a power cut would leave zeros
-                    os.rename(file.name, path)
+                    with self._lock():  # or one that counts the files may see neither name
+                        os.rename(file.name, path)
                 except OSError as error:
                     raise InputError(
                         f"expected to write {len(data)} bytes to the cache {self.folder}, found {error}; make room, or lower "

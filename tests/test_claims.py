@@ -31,7 +31,7 @@ from benchmarks.claims.pretraining import with_settings
 from benchmarks.claims.registry import EXPERIMENTS
 from benchmarks.claims.run import ClaimsConfig, claims, main, share
 from benchmarks.claims.sets import CLAIMS, HISTORY, log_variances
-from benchmarks.claims.units import read_units, run_missing
+from benchmarks.claims.units import held, read_units, run_missing
 from data_prep.plan import Record
 from data_prep.sources.folder import FolderConfig, plan
 from finetune.config import FinetuneConfig
@@ -321,34 +321,97 @@ def test_the_page_of_a_part_lies_beside_its_runs_and_names_the_part(tmp_path, mo
     assert "| high | 3 |" in whole
 
 
-def test_published_runs_are_gone_on_from_elsewhere_and_give_the_same_page(tmp_path, monkeypatch):
-    for place, seeds, taken, expected in (
-        ("here", 3, None, 9),  # "prepared", two candidates, and the seeds of three arms
-        ("there", 3, "here", 0),
-        ("further", 4, "there", 3),  # "prepared", and two arms that are drawn
+def published(tmp_path, monkeypatch, name: str = "toy", **options) -> Path:
+    """Runs the toy experiment in a folder of its own and returns its archive."""
+    place = tmp_path / f"published-{name}"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setitem(EXPERIMENTS, name, lambda options: experiment_of([]))
+    claims(name, ClaimsConfig(**options))
+    return place / f"docs/claims/{name}.runs.jsonl.gz"
+
+
+def elsewhere(tmp_path, monkeypatch) -> list:
+    """Goes to a new folder; returns the calls of the toy experiment that is to be run there."""
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    calls: list = []
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda options: experiment_of(calls))
+    return calls
+
+
+def test_published_runs_give_the_same_page_elsewhere_and_are_gone_on_from(tmp_path, monkeypatch):
+    archive = published(tmp_path, monkeypatch)
+    calls = elsewhere(tmp_path, monkeypatch)
+    claims("toy", ClaimsConfig(take_runs=archive, table_only=True))
+    for path in archive.parent.iterdir():
+        assert Path("docs/claims", path.name).read_bytes() == path.read_bytes(), path.name
+    assert "[toy.runs.jsonl.gz](toy.runs.jsonl.gz)" in Path("docs/claims/toy.md").read_text()
+    claims("toy", ClaimsConfig(take_runs=archive))
+    assert calls == []
+    text = claims("toy", ClaimsConfig(seeds=4)).read_text()
+    assert calls == ["prepared", (10.0, 2.0, 3), (20.0, None, 3)]
+    assert "3 seeds were set before the runs, and there are more" in text
+    assert "there are more" not in archive.with_name("toy.md").read_text()
+
+
+def test_a_page_of_fewer_runs_than_were_published_lies_beside_them(tmp_path, monkeypatch, capsys):
+    archive = published(tmp_path, monkeypatch)
+    whole = {path.name: path.read_bytes() for path in archive.parent.iterdir()}
+    Path("runs/claims/toy/units/high-seed1.json").unlink()
+    assert claims("toy", ClaimsConfig(table_only=True)) == Path("runs/claims/toy/toy.md")
+    assert "has 1 run not in runs/claims/toy, so it and its page stay" in capsys.readouterr().out
+    for options in ({"arms": ("high",)}, {"quick": True}):
+        claims("toy", ClaimsConfig(**options, table_only=True, pages=Path("other")))
+        assert not list(Path("other").glob("*.gz")), "a part is not published"
+    assert {path.name: path.read_bytes() for path in archive.parent.iterdir()} == whole
+    claims("toy", ClaimsConfig(take_runs=archive))
+    assert {path.name: path.read_bytes() for path in archive.parent.iterdir()} == whole
+
+
+def test_of_published_runs_none_is_taken_where_one_does_not_fit(tmp_path, monkeypatch):
+    archive = published(tmp_path, monkeypatch)
+    lines = gzip.decompress(archive.read_bytes()).split(b"\n")
+    calls = elsewhere(tmp_path, monkeypatch)
+    config = ClaimsConfig(take_runs=Path("taken"))
+
+    def refused(content: bytes, message: str, **options) -> None:
+        Path("taken").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            claims("toy", replace(config, **options))
+        assert not list(Path("runs").rglob("*.json"))
+
+    packed = archive.read_bytes()
+    for content in (
+        *(b"no gzip", packed[:-9], packed[:40] + bytes([packed[40] ^ 255]) + packed[41:]),
+        *(gzip.compress(text) for text in (b"", b"[1]\n", b"{}\n", b"x\n", lines[0] + b"\n{}\n")),
     ):
-        (tmp_path / place).mkdir()
-        monkeypatch.chdir(tmp_path / place)
-        calls: list = []
-        monkeypatch.setitem(EXPERIMENTS, "toy", lambda options, calls=calls: experiment_of(calls))
-        runs = None if taken is None else tmp_path / taken / "docs/claims/toy.runs.jsonl.gz"
-        claims("toy", ClaimsConfig(seeds=seeds, take_runs=runs))
-        assert len(calls) == expected
-    here, there = tmp_path / "here/docs/claims", tmp_path / "there/docs/claims"
-    assert (here / "toy.runs.jsonl.gz").read_bytes() == (there / "toy.runs.jsonl.gz").read_bytes()
-    first, second = (json.loads((folder / "toy.json").read_text()) for folder in (here, there))
-    assert {**first, "time": second["time"]} == second
-    assert "[toy.runs.jsonl.gz](toy.runs.jsonl.gz)" in (here / "toy.md").read_text()
-    claims("toy", ClaimsConfig(arms=("high",)))
-    assert "runs.jsonl" not in Path("runs/claims/toy/toy.md").read_text()
-    for content in (b"no gzip", gzip.compress(b"[1]\n"), gzip.compress(b"{}\n"), gzip.compress(b"x")[:-9]):
-        (tmp_path / "broken").write_bytes(content)
-        with pytest.raises(InputError, match=r"broken: expected runs as NAME\.runs\.jsonl\.gz has them"):
-            claims("toy", ClaimsConfig(take_runs=tmp_path / "broken"))
+        refused(content, r"taken: expected runs as NAME\.runs\.jsonl\.gz has them")
+    other = gzip.compress(b"\n".join([lines[0].replace(b'"toy"', b'"labels"'), *lines[1:]]))
+    refused(other, "taken: expected runs of toy, found those of labels")
+    strange = gzip.compress(b"\n".join([*lines[:-2], lines[-2].replace(b'"still"', b'"../still"'), b""]))
+    refused(strange, r"taken: expected runs of the experiment's arms, found one of '\.\./still'")
+    refused(archive.read_bytes(), "made with quick True, found one with False", quick=True)
+    refused(archive.read_bytes(), "made with device cuda, found one with cpu", device="cuda")
+    assert calls == []
+
+
+def test_a_run_that_another_call_is_making_is_not_taken(tmp_path, monkeypatch):
+    archive = published(tmp_path, monkeypatch)
+    elsewhere(tmp_path, monkeypatch)
+    work = Path("runs/claims/toy")
+    left = work / "runs/high-seed2/checkpoints"
+    left.mkdir(parents=True)
+    with held(work, "high-seed1"):
+        claims("toy", ClaimsConfig(take_runs=archive, table_only=True))
+    assert not (work / "units/high-seed1.json").exists()
+    assert (work / "units/high-seed2.json").exists()
+    assert not left.exists(), "what was begun of it is of no use"
 
 
 def held_out(values: dict) -> dict:
-    return {"seeds": list(values), "held_out": {"values": list(values.values())} if values else None}
+    return {"held_out": {"seeds": list(values), "values": list(values.values())} if values else None}
 
 
 def test_a_default_stays_unless_held_out_figures_choose_another_beyond_chance():
@@ -544,24 +607,25 @@ def test_a_row_less_an_arm_has_differences_by_seed_and_is_inconclusive_where_cha
     assert row["measures"]["score"]["values"] == row["held_out"]["values"] == [10.0, pytest.approx(10.2)]
     assert row["measures"]["score"]["parts"] == [[20.0, 21.2], [10.0, 11.0]]
     assert row["measures"]["some"]["seeds"] == [2], "a side without a value has no difference"
-    assert row["what"] == "high less low, seed by seed"
+    assert row["what"] == "*high* less *low*, seed by seed"
     text = page.markdown(content_of(experiment, tmp_path))
     assert "| gain | 2 | 10.1 ± 0.1 | 10.2 (1 of 2) |" in text
     assert_tables_are_whole(text)
-    for arm, why in ((None, ""), ("high", "chance"), ("low", "chance")):
+    for arm, why in ((None, ""), ("high", "an arm's interval holds chance"), ("low", "an arm's interval holds chance")):
         units = read_units(tmp_path, {})
         for unit in units:
             if unit["arm"] == arm:
                 unit["values"] = {**unit["values"], "score": 1.0 + 0.1 * unit["seed"]}
         claim = replace(experiment.claims[0], better="gain", worse="still")
         found = page.gather("made up", replace(experiment, claims=[claim]), units, {}, "x")["claims"][0]
-        assert why in found["why"], arm
+        assert found["why"] == why, arm
+        assert (found["verdict"] == "inconclusive") == bool(why)
 
 
-def test_every_batch_takes_as_many_pairs(tmp_path, monkeypatch):
+def test_every_batch_size_takes_the_whole_batches_of_as_many_pairs(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(corpus, "pretrained", lambda recipe, config: asked.append(config) or tmp_path)
-    monkeypatch.setattr(corpus, "_measured", lambda data, base, place, kind: base.steps)
+    monkeypatch.setattr(corpus, "_measured", lambda data, steps, place, kind: steps)
     options = Options(quick=False)
     experiment = batch(options)
     data = corpus.Corpus(options, tmp_path, tmp_path, RECIPES["tiny"]())
@@ -569,7 +633,10 @@ def test_every_batch_takes_as_many_pairs(tmp_path, monkeypatch):
     assert steps == [200, 200, 100, 100, 50, 50, 25, 25, 12, 12]
     assert [config.global_batch_size for config in asked[::2]] == [256, 512, 1024, 2048, 4096]
     assert {config.loss.name for config in asked[1::2]} == {"object_iou"}
-    assert experiment.rows["4,096, the second less the first"].minus == "4,096, hard"
+    assert all(
+        51_200 - config.global_batch_size < config.steps * config.global_batch_size <= 51_200 for config in asked
+    )
+    assert experiment.rows["4,096, Object-IoU less hard"].minus == "4,096, hard"
 
 
 def test_a_page_tells_its_history_its_shards_and_uncommitted_changes(tmp_path):
@@ -636,13 +703,25 @@ def test_every_claim_of_an_experiment_is_about_its_rows_and_measures(name, is_qu
         assert claim.measure in experiment.measures
     if experiment.default is not None:
         assert {experiment.default.row, *experiment.default.others} <= set(experiment.rows)
-        first = experiment.arms[experiment.rows[experiment.default.row].arm]
+        compared = [experiment.rows[name] for name in (experiment.default.row, *experiment.default.others)]
+        assert not any(experiment.arms[row.arm].is_fixed for row in compared)
+        first = experiment.arms[compared[0].arm]
         config = with_settings(PretrainConfig(), first.settings, 0, Path("x"))
         assert (config.loss, config.text) == (PretrainConfig().loss, PretrainConfig().text), "what the code has"
+    for row in experiment.rows.values():
+        assert row.minus is None or not any(experiment.arms[name].is_fixed for name in (row.arm, row.minus))
     if not is_quick:
         assert experiment.claims
         assert experiment.seeds >= 3
     assert "Nothing has been run yet." in page.markdown(page.gather(name, experiment, [], {}, "x"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("docs/claims/*.json")), ids=lambda path: path.stem
+)
+def test_a_published_page_chooses_what_the_code_has(path):
+    default = json.loads(path.read_text()).get("default")  # labels, tail and sets are older, and choose nothing
+    assert default is None or default["chosen"] == default["row"]
 
 
 def test_the_arms_of_labels_are_losses_with_their_controls():

@@ -24,7 +24,8 @@ from setclip.images import MEAN, STD, normalize
 from setclip.models.clip import build_clip
 
 TOLERANCE = (0.85, 1.5)
-"""Of the estimate over the peak of real steps on a CPU, where 1.02 to 1.36 was seen (the most in fp32 at ZeRO 1)."""
+"""Of the estimate over the peak of real steps on a CPU, where 0.98 to 1.36 was seen (the most in fp32 at ZeRO 1). Beside
+AMX's units oneDNN takes up to 20 MB more in bf16, which weigh in steps of less than 100 MB."""
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 
 
@@ -78,7 +79,7 @@ def peak_of_steps(cfg: dict, engine_config: EngineConfig, pairs: int) -> int:
         (OF_WEIGHTS, 0, "fp32", 1, 8, 1),
         (OF_WEIGHTS, 2, "bf16", 1, 2, 1),
         pytest.param(OF_ACTIVATIONS, 0, "fp32", 2, 64, 1, marks=pytest.mark.slow),
-        pytest.param(OF_ACTIVATIONS, 1, "bf16", 1, 16, 1, marks=pytest.mark.slow),
+        pytest.param(OF_ACTIVATIONS, 1, "bf16", 1, 64, 1, marks=pytest.mark.slow),
         pytest.param(OF_WEIGHTS, 1, "fp32", 1, 8, 1, marks=pytest.mark.slow),
         pytest.param(OF_WEIGHTS, 2, "fp32", 1, 8, 2, marks=pytest.mark.slow),
         pytest.param(OF_WEIGHTS, 3, "fp32", 1, 8, 2, marks=pytest.mark.slow),

@@ -136,7 +136,7 @@ def test_a_signal_while_loader_processes_read_ends_the_run_as_well(place, tmp_pa
 def test_a_rank_that_hangs_is_named_and_the_job_ends(place, tmp_path, act):
     out, log = tmp_path / "run", tmp_path / "said"
     trouble = Trouble(act, "reading", number=40, rank=1)
-    processes = start(trouble, words(place, out, "--guard.hang-minutes", 0.05), 2, log)
+    processes = start(trouble, words(place, out, "--guard.hang-minutes", 0.1), 2, log)
     try:
         processes[0].join(60)
         assert processes[0].exitcode == EXIT_HUNG, said(log)

@@ -1,6 +1,7 @@
 """Shards on servers and several sources: the same batches as from a disk, whatever the server does, and exact shares."""
 
 import dataclasses
+import fcntl
 import functools
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import fsspec
 import psutil
@@ -368,6 +370,20 @@ def test_processes_share_a_cache_and_each_file_is_made_by_one_of_them(tmp_path):
     cache.hold("other.block", lambda: made.append(1) or b"x")
     cache.hold("other.block", lambda: made.append(1) or b"x")
     assert made == [1]
+
+
+def test_a_file_gets_its_name_while_no_other_counts_the_files(tmp_path, monkeypatch):
+    rename, seen = os.rename, []
+
+    def watched(old, new):
+        with open(tmp_path / ".lock") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(Path(new).name)
+        rename(old, new)
+
+    monkeypatch.setattr("setclip.disk_cache.os.rename", watched)
+    assert DiskCache(tmp_path, 1000).prepare("a", lambda: b"12")
+    assert seen == ["a"]
 
 
 def test_what_is_held_stays_and_what_was_used_longest_ago_goes_first(tmp_path):

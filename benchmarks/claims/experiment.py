@@ -80,8 +80,9 @@ class Default:
     what: str
     """The settings, by their flags."""
     row: str
-    """That of today, the source's"""
+    """That of today."""
     others: tuple[str, ...]
+    """What may take its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,7 @@ class Experiment:
     """(what `prepare` returned, settings, seed, folder of its own) → what it measured."""
     tables: Callable[[Sequence[Unit]], Sequence[Table]] = lambda units: ()
     default: Default | None = None
+    """What its held-out figures decide of the code; None: nothing."""
     plot: Callable[[Sequence[Unit]], Plot | None] | None = None
     """None: the measure that chooses, of each row."""
     settings: Mapping[str, Any] = field(default_factory=dict)

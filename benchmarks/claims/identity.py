@@ -27,11 +27,15 @@ def common_settings(experiment: Experiment, options: Options) -> dict[str, Any]:
     return found
 
 
+def device_of(options: Options) -> str:
+    """Returns the device on which runs are made here."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+
+
 def made_with(experiment: Experiment, options: Options, prepared: Any) -> dict[str, Any]:
     """Returns all that a unit keeps of what it was made with."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     made_of = json.loads(json.dumps(experiment.made_of(prepared)))
-    return {**common_settings(experiment, options), "device": device, **made_of}
+    return {**common_settings(experiment, options), "device": device_of(options), **made_of}
 
 
 def shards_of(*folders: str | Path) -> dict[str, Any]:
@@ -44,12 +48,13 @@ def shards_of(*folders: str | Path) -> dict[str, Any]:
     return found
 
 
-def check_unit(path: Path, unit: Unit, expected: Mapping[str, Any]) -> None:
+def check_unit(
+    path: Path, unit: Unit, expected: Mapping[str, Any], what_to_do: str = "remove that file, or give another --out"
+) -> None:
     """Raises InputError where a unit was made with something else than `expected`.
 
     Names that only one of them has are settings that came or went with a version, and are not compared.
     """
-    what_to_do = "remove that file, or give another --out"
     found = unit.get("made_with")
     if found is None:
         raise InputError(

@@ -86,45 +86,47 @@ def _row(
     experiment: Experiment, units: Sequence[Unit], row: Row, chosen: Mapping[str, tuple[int | None] | None]
 ) -> dict[str, Any]:
     arm = experiment.arms[row.arm]
-    own = _seeds_of(units, row.arm, chosen[row.arm])
-    sides = [own]
-    if row.minus is not None:
-        other = _seeds_of(units, row.minus, chosen[row.minus])
-        sides = [{seed: each[seed] for seed in own if seed in other} for each in (own, other)]
-
-    def value(seed: int, kind: str, name: str) -> float | None:
-        values = [side[seed][kind].get(row.prefix + name) for side in sides]
-        if any(each is None for each in values):
-            return None
-        return values[0] if len(values) == 1 else values[0] - values[1]
-
+    arms = [row.arm] if row.minus is None else [row.arm, row.minus]
+    sides = [_seeds_of(units, name, chosen[name]) for name in arms]
+    own = [unit for seed, unit in sides[0].items() if all(seed in side for side in sides)]
+    alone = own if row.minus is None else []  # what is told of runs, not of differences
     measures: dict[str, Any] = {}
     for measure in experiment.measures:
-        there = [seed for seed in sides[0] if value(seed, "values", measure) is not None]
-        if there:
-            name = row.prefix + measure
-            is_difference = row.minus is not None
-            measures[measure] = {
-                **(_spread([value(seed, "values", measure) for seed in there]) or {}),
-                "seeds": there,
-                "parts": [[side[seed]["values"][name] for seed in there] for side in sides] if is_difference else [],
-                "intervals_over_queries": [
-                    None if is_difference else own[seed]["intervals"].get(name) for seed in there
-                ],
-            }
-    there = [own[seed] for seed in sides[0]]
-    is_told = bool(there) and row.minus is None
+        name = row.prefix + measure
+        found = _measured(sides, "values", name)
+        if found is not None:
+            intervals = [unit["intervals"].get(name) for unit in alone if unit["seed"] in found["seeds"]]
+            measures[measure] = {**found, "intervals_over_queries": intervals}
     return {
         "arm": row.arm,
-        "what": arm.what if row.minus is None else f"{row.arm} less {row.minus}, seed by seed",
+        "minus": row.minus,
+        "what": arm.what if row.minus is None else f"*{row.arm}* less *{row.minus}*, seed by seed",
         "is_fixed": arm.is_fixed,
-        "settings": there[0]["settings"] if is_told else None,
-        "seeds": list(sides[0]),
+        "settings": alone[0]["settings"] if alone else None,
+        "seeds": [unit["seed"] for unit in own],
         "measures": measures,
-        "held_out": _spread([value(seed, "held_out", experiment.chosen_by) for seed in sides[0]]),
-        "steps": there[0]["steps"] if is_told else None,
-        "seconds": [unit["seconds"] for unit in there],
-        "cpu_seconds": [unit["cpu_seconds"] for unit in there],
+        "held_out": _measured(sides, "held_out", row.prefix + experiment.chosen_by),
+        "steps": alone[0]["steps"] if alone else None,
+        "seconds": [unit["seconds"] for unit in alone],
+        "cpu_seconds": [unit["cpu_seconds"] for unit in alone],
+    }
+
+
+def _measured(sides: Sequence[Mapping[int, Unit]], kind: str, name: str) -> dict[str, Any] | None:
+    """Returns a value of an arm, or of two arms the first's less the second's, by the seeds that have it; None: none has."""
+    found = [{seed: u[kind][name] for seed, u in side.items() if u[kind].get(name) is not None} for side in sides]
+    seeds = [seed for seed in found[0] if all(seed in each for each in found)]
+    if not seeds:
+        return None
+    parts = [[each[seed] for seed in seeds] for each in found]
+    values = parts[0] if len(parts) == 1 else [first - second for first, second in zip(*parts, strict=True)]
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {
+        "values": values,
+        "mean": statistics.fmean(values),
+        "deviation": deviation,
+        "seeds": seeds,
+        "parts": parts if len(parts) > 1 else [],
     }
 
 
@@ -132,14 +134,6 @@ def _seeds_of(units: Sequence[Unit], arm: str, chosen: tuple[int | None] | None)
     """Returns seed to unit of an arm with what was chosen of it, in order."""
     own = [] if chosen is None else [u for u in units if u["arm"] == arm and u["candidate"] == chosen[0]]
     return {unit["seed"]: unit for unit in sorted(own, key=lambda unit: unit["seed"])}
-
-
-def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
-    there = [value for value in values if value is not None]
-    if not there:
-        return None
-    deviation = statistics.stdev(there) if len(there) > 1 else None
-    return {"values": there, "mean": statistics.fmean(there), "deviation": deviation}
 
 
 def _bars(experiment: Experiment, rows: Mapping[str, Any]) -> Plot | None:
@@ -185,7 +179,7 @@ def _claims(claims: Sequence[Claim], rows: Mapping[str, Any], chance: Mapping[st
     found = []
     for claim, each, p_value, p_holm in zip(claims, compared, p_values, adjusted, strict=True):
         result = each.paired
-        is_one_arm = rows[claim.better]["arm"] == rows[claim.worse]["arm"]
+        is_one_arm = all(rows[claim.better][side] == rows[claim.worse][side] for side in ("arm", "minus"))
         judged: dict[str, Any] = {"verdict": "inconclusive", "difference": None, "deviation": None, "interval_95": None}
         if result is not None:
             judged = {
@@ -374,6 +368,11 @@ def _figures_text(content: Mapping[str, Any]) -> str:
     asked = content["seeds_asked"]
     short = [n for n, row in content["rows"].items() if not row["is_fixed"] and len(row["seeds"]) < asked]
     note = f"\n\nNot all of the {asked} seeds are there yet for: {', '.join(short)}." if short else ""
+    if any(len(row["seeds"]) > asked for row in content["rows"].values()):
+        note += (
+            f"\n\n{asked} seeds were set before the runs, and there are more: if they were added because of what the first had "
+            "shown, p values are too small."
+        )
     return f"Mean ± sample standard deviation over seeds.{_queries_text(content)}\n\n{table}{note}\n\n{whats}"
 
 
@@ -402,10 +401,10 @@ def _mean_text(measured: Mapping[str, Any] | None, digits: int, seeds: int) -> s
 
 def _default_text(content: Mapping[str, Any]) -> str:
     default = content["default"]
-    told = f"Held-out figures choose {default['what']}: *{default['row']}* is the default, and stays it unless the held-out "
-    told += (
-        f"{_chosen_by(content)} of another is above it with an adjusted p below 0.05 (the same test as of claims, for as many "
-        "comparisons as there are)."
+    told = (
+        f"Held-out figures choose {default['what']}: *{default['row']}* is the default, and stays it unless the held-out "
+        f"{_chosen_by(content)} of another is above it with an adjusted p below 0.05 (a paired t test over seeds, adjusted "
+        "for as many comparisons as there are, without a margin)."
     )
     rows = []
     for each in default["compared"]:
@@ -451,13 +450,14 @@ def _time_text(time: Mapping[str, Any]) -> str:
     if not time["runs"]:
         return "Nothing has been run yet."
     low, middle, high = time["cpu_seconds_a_run"]
-    prepared = time["prepare_cpu_seconds"] or 0.0
-    hours = (time["cpu_seconds"] + prepared) / 3600
+    prepared = time["prepare_cpu_seconds"]
+    preparation = "preparation not known" if prepared is None else f"{prepared / 60:.1f} CPU minutes of preparation"
+    hours = (time["cpu_seconds"] + (prepared or 0.0)) / 3600
     return (
         f"{time['runs']} runs of {low:.0f} to {high:.0f} CPU seconds each (median {middle:.0f}; by the clock, on "
-        f"shared cores, {time['seconds_a_run'][0]:.0f} to {time['seconds_a_run'][2]:.0f} s), {prepared / 60:.1f} CPU "
-        f"minutes of preparation: {hours:.2f} core hours in all, so {hours / 2:.2f} hours on two cores. Of a run that "
-        f"was stopped and went on, the last sitting counts. Hours on a GPU were not measured."
+        f"shared cores, {time['seconds_a_run'][0]:.0f} to {time['seconds_a_run'][2]:.0f} s), {preparation}: "
+        f"{hours:.2f} core hours in all, so {hours / 2:.2f} hours on two cores. Of a run that was stopped and went on, the last "
+        "sitting counts. Hours on a GPU were not measured."
     )
 
 

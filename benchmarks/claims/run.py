@@ -4,11 +4,11 @@
     python -m benchmarks.claims labels --max-hours 0.5      # one sitting; the same command goes on
     python -m benchmarks.claims labels --arms "smoothing 0.5" "budget 0.5" --seeds 3 --jobs 2    # the smallest
     python -m benchmarks.claims sets --table-only True      # the page of what is there
-    python -m benchmarks.claims batch --take-runs docs/claims/batch.runs.jsonl.gz --seeds 7    # go on from published runs
+    python -m benchmarks.claims domains --take-runs docs/claims/domains.runs.jsonl.gz --seeds 7    # from published runs
 
 Every run is a file of its own under --out, so an experiment goes on at any point, and the same command started twice,
 on machines with one folder, shares the runs. At the end of each sitting the page is written anew: PAGES/NAME.md, .json,
-.svg and, with all runs, .runs.jsonl.gz. `NAME --help` lists the flags.
+.svg and, of a whole experiment, .runs.jsonl.gz. `NAME --help` lists the flags.
 """
 
 import json
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.claims import page
-from benchmarks.claims.archive import take_runs, write_archive
+from benchmarks.claims.archive import archive_of, number_lacking, take_runs, write_archive
 from benchmarks.claims.experiment import Arm, Experiment, Options
 from benchmarks.claims.figure import write_figure
-from benchmarks.claims.identity import common_settings
+from benchmarks.claims.identity import common_settings, device_of
 from benchmarks.claims.jobs import in_processes
 from benchmarks.claims.registry import EXPERIMENTS
 from benchmarks.claims.units import read_units, run_missing
@@ -79,7 +79,11 @@ def claims(name: str, config: ClaimsConfig) -> Path:
     experiment = EXPERIMENTS[name](_options(config))
     look_up_arms(experiment, config)
     if config.take_runs is not None:
-        say(f"{take_runs(config.take_runs, _work(name, config))} runs taken from {config.take_runs}")
+        expected = common_settings(experiment, _options(config))
+        if not config.table_only:
+            expected |= {"device": device_of(_options(config))}
+        number = take_runs(config.take_runs, experiment.units_of or name, experiment, _work(name, config), expected)
+        say(f"{number} runs taken from {config.take_runs}")
     failures: list[str] = []
     if not config.table_only:
         ends = None if config.max_hours is None else time.time() + 3600 * config.max_hours
@@ -139,10 +143,22 @@ def write_page(name: str, experiment: Experiment, config: ClaimsConfig) -> Path:
         units = [unit for unit in units if unit["arm"] in (config.arms or experiment.arms) and unit["seed"] < seeds]
     content = page.gather(name, experiment, units, prepared, command)
     pages = config.pages or (work if is_part or config.quick else Path("docs/claims"))
+    content["runs_file"] = None
+    if not is_part and not config.quick and experiment.units_of is None:
+        own = [unit for unit in units if unit["arm"] in experiment.arms]
+        archive = archive_of(pages, name)
+        lacking = number_lacking(archive, own)
+        if lacking:
+            say(
+                f"note: {archive} has {lacking} run{'s' if lacking > 1 else ''} not in {work}, so it and its page stay, and this "
+                f"page lies beside the runs; --take-runs {archive} adds those to these, and without that file these are published"
+            )
+            pages = work
+        else:
+            pages.mkdir(parents=True, exist_ok=True)
+            write_archive(archive, name, own, prepared)
+            content["runs_file"] = archive.name
     pages.mkdir(parents=True, exist_ok=True)
-    if pages != work and experiment.units_of is None:
-        content["runs_file"] = f"{name}.runs.jsonl.gz"
-        write_archive(pages / content["runs_file"], units)
     write_json(pages / f"{name}.json", content)
     content = json.loads((pages / f"{name}.json").read_text(encoding="utf-8"))
     figure = None

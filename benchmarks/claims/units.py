@@ -49,6 +49,11 @@ def units_folder(work: Path) -> Path:
     return work / "units"
 
 
+def runs_folder(work: Path) -> Path:
+    """Returns where the runs of units that are not done lie."""
+    return work / "runs"
+
+
 def read_units(work: Path, expected: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the content of all finished units, by name.
 
@@ -137,7 +142,7 @@ def run_missing(
         for task in tasks_of(experiment, work, seeds):
             if read_unit(work, task) is not None:
                 continue
-            with _held(work / "locks" / task.name) as is_ours:
+            with held(work, task.name) as is_ours:
                 if not is_ours:
                     others += 1
                     continue
@@ -160,7 +165,7 @@ def run_missing(
 
 def _run(experiment: Experiment, prepared: Any, task: Task, common: Mapping[str, Any], work: Path) -> float:
     """Makes a unit; returns its seconds."""
-    place = work / "runs" / task.name
+    place = runs_folder(work) / task.name
     say(f"\n{task.name}: {dict(task.settings)}")
     start, cpu = time.monotonic(), _cpu_seconds()
     found = experiment.run(prepared, task.settings, task.seed, place)
@@ -183,6 +188,13 @@ def _run(experiment: Experiment, prepared: Any, task: Task, common: Mapping[str,
     remove(place)
     say(f"{task.name}: done in {duration(seconds)}")
     return seconds
+
+
+@contextlib.contextmanager
+def held(work: Path, name: str) -> Iterator[bool]:
+    """Holds a unit while within; yields whether it is ours."""
+    with _held(work / "locks" / name) as is_ours:
+        yield is_ours
 
 
 @contextlib.contextmanager
