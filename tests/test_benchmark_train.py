@@ -15,6 +15,7 @@ from material import write_shards
 from ranks import on_ranks
 
 from benchmarks import (
+    layout,
     open_clip_environment,
     open_clip_trainer,
     recorded_run,
@@ -289,3 +290,9 @@ def test_the_gpu_script_runs_on_a_cpu_with_a_tiny_model_and_both_trainers(task, 
     assert found["runs"][2]["loss"] < 1.5, "one batch again and again is learned by heart"
     assert set(found["ratios"]) == {"tiny, jpegs", "tiny, synthetic"}
     assert "none is judged" in capsys.readouterr().out
+
+
+def test_both_layouts_of_pictures_are_measured():
+    found = layout.measure("conv-tiny-64", pairs=4, repeats=2)
+    assert set(found) == {"channels first", "channels last"}
+    assert all(0 < seconds < 60 for seconds in found.values())
