@@ -51,7 +51,7 @@ def take_runs(path: Path, name: str, experiment: Experiment, work: Path, expecte
     there = read_units(work, expected)
     for unit in units:
         arm = experiment.arms.get(unit["arm"])
-        if arm is None or (unit["candidate"], unit["settings"]) not in json_of(candidates_of(arm)):
+        if arm is None or (unit["candidate"], unit["settings"]) not in _as_json(candidates_of(arm)):
             raise InputError(
                 f"{path}: expected runs of the experiment's arms, found one of {unit['arm']!r} with {unit['settings']}; it was "
                 "published by an earlier version"
@@ -60,7 +60,8 @@ def take_runs(path: Path, name: str, experiment: Experiment, work: Path, expecte
             check_unit(path, unit, other, "give another --out, or do without --take-runs")
     taken = 0
     for unit in units:
-        task, file = _name(unit), units_folder(work) / f"{_name(unit)}.json"
+        task = _name(unit)
+        file = units_folder(work) / f"{task}.json"
         with held(work, task) as is_ours:
             if is_ours and not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ def take_runs(path: Path, name: str, experiment: Experiment, work: Path, expecte
     return taken
 
 
-def json_of(candidates: Sequence[tuple[int | None, Mapping[str, Any]]]) -> list[tuple[int | None, Any]]:
+def _as_json(candidates: Sequence[tuple[int | None, Mapping[str, Any]]]) -> list[tuple[int | None, Any]]:
     """Returns candidates with their settings as JSON has them."""
     return [(number, json.loads(json.dumps(settings))) for number, settings in candidates]
 

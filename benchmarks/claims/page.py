@@ -293,7 +293,7 @@ def markdown(content: Mapping[str, Any], figure: str | None = None) -> str:
     if figure is not None:
         parts.append(f"![{content['plot']['title']}]({figure})\n\n{content['plot']['title']}.")
     parts += [f"## {t['title']}\n\n{t['text']}\n\n{_table(t['header'], t['rows'])}" for t in content["tables"]]
-    if content.get("default") is not None:
+    if content["default"] is not None:
         parts.append("## The default\n\n" + _default_text(content))
     if content["tried"]:
         parts.append("## What was tried\n\n" + _tried_text(content))
