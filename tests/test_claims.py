@@ -208,6 +208,10 @@ def test_without_a_figure_of_its_own_an_experiment_shows_the_measure_that_choose
         assert (mean, deviation) == (measured["mean"], measured["deviation"] or 0.0)
     unseen = replace(experiment, chosen_by="another")
     assert page.gather("made up", unseen, [], {}, "command")["plot"] is None
+    for path in (tmp_path / "units").glob("high-seed[12].json"):
+        path.unlink()
+    series = page.gather("made up", experiment, read_units(tmp_path, {}), {}, "command")["plot"]["series"]
+    assert {"low", "high (1 seed)", "still"} <= set(series), "the one that is fixed has its one seed by design"
 
 
 def run_all(experiment: Experiment, work: Path, **more) -> int:

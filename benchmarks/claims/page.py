@@ -149,9 +149,19 @@ def _bars(experiment: Experiment, rows: Mapping[str, Any]) -> Plot | None:
         title=f"{heading}, mean ± standard deviation over seeds",
         x_label="",
         y_label=heading,
-        series={row: [[0.0, each["mean"], each["deviation"] or 0.0]] for row, each in found.items()},
+        series={
+            _with_seeds(row, rows[row], len(each["seeds"]), experiment.seeds): [
+                [0.0, each["mean"], each["deviation"] or 0.0]
+            ]
+            for row, each in found.items()
+        },
         is_bars=True,
     )
+
+
+def _with_seeds(name: str, row: Mapping[str, Any], seeds: int, asked: int) -> str:
+    """Returns a row's name, with its seeds where it has fewer than the others will have: a point that may lie far off."""
+    return name if row["is_fixed"] or seeds >= asked else f"{name} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
 def _unit(units: Sequence[Unit], arm: str, candidate: int | None, seed: int) -> Unit | None:
