@@ -116,7 +116,7 @@ def ways(objects: Tensor) -> dict[str, Callable[[], Any]]:
         return run
 
     def soft_part() -> None:
-        targets = prepare_targets(sets, LOSSES["soft"]).targets.to(torch.float32)
+        targets = prepare_targets(sets, LOSSES["soft"]).groups[0].targets.to(torch.float32)
         targets.times_texts(texts.detach())
         targets.times_images(images.detach())
 
@@ -128,7 +128,7 @@ def ways(objects: Tensor) -> dict[str, Callable[[], Any]]:
         "weighted": ours("weighted", None),
         "weighted, targets ready": ours("weighted", ready["weighted"]),
     }
-    if ready["soft"].targets.tiles is None:  # which have no part that could be timed alone
+    if ready["soft"].groups[0].targets.tiles is None:  # which have no part that could be timed alone
         each["soft part"] = soft_part
     return each
 

@@ -73,8 +73,9 @@ class BadSteps:
 class CollapseWatch:
     """Says once when the loss stays at ln(batch): every pair then is as likely as every other, and nothing is learnt."""
 
-    def __init__(self, config: GuardConfig, global_batch_size: int):
-        self._limit, self._level, self._steps = config.collapse_steps, math.log(global_batch_size), 0
+    def __init__(self, config: GuardConfig, contrasted: int):
+        """`contrasted`: the pairs of a batch, or of a group where it has several."""
+        self._limit, self._level, self._steps = config.collapse_steps, math.log(contrasted), 0
 
     def add(self, loss: float) -> str | None:
         """Counts a step; returns what to say, once."""

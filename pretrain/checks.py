@@ -82,8 +82,8 @@ def merged(of_ranks: Sequence[Sequence[str]]) -> list[str]:
 
 
 def check_batches(config: PretrainConfig, ranks: int) -> int:
-    """Returns the pairs a rank. Raises InputError where ranks, micro-batches or lanes do not divide."""
-    local = local_batch_size(config.global_batch_size, ranks, config.engine.accumulation)
+    """Returns the pairs a rank. Raises InputError where ranks, micro-batches, groups or lanes do not divide."""
+    local = local_batch_size(config.global_batch_size, ranks, config.engine.accumulation, config.loss.group_size)
     lanes = config.data.num_lanes
     if lanes % ranks:
         raise InputError(

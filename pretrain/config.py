@@ -151,8 +151,10 @@ class PretrainConfig:
         return steps
 
 
-def local_batch_size(global_batch_size: int, world_size: int, accumulation: int = 1) -> int:
-    """Returns the pairs a rank. Raises InputError with the nearest numbers where ranks or micro-batches do not divide."""
+def local_batch_size(
+    global_batch_size: int, world_size: int, accumulation: int = 1, group_size: int | None = None
+) -> int:
+    """Returns the pairs a rank. Raises InputError with the nearest numbers where ranks, micro-batches or groups do not divide."""
     if global_batch_size % world_size:
         below = global_batch_size // world_size * world_size
         near = " or ".join(str(size) for size in (below, below + world_size) if size)
@@ -166,6 +168,13 @@ def local_batch_size(global_batch_size: int, world_size: int, accumulation: int 
         raise InputError(
             f"{local} pairs a rank cannot be cut into {accumulation} equal micro-batches; nearest: --engine.accumulation "
             f"{' or '.join(map(str, nearest))}"
+        )
+    if group_size is not None and local % group_size:
+        divisors = [n for n in range(2, local + 1) if local % n == 0]
+        nearest = sorted(divisors, key=lambda n: abs(n - group_size))[:1]
+        raise InputError(
+            f"{local} pairs a rank cannot be cut into groups of {group_size} pairs, each of one rank; nearest: "
+            f"--loss.group-size {nearest[0] if nearest else 'None'}"
         )
     return local
 

@@ -101,7 +101,7 @@ def make_plan(recipe: str, config: PretrainConfig, world: World, is_to_begin: bo
         manifest,
         shards,
         order,
-        local_batch_size(config.global_batch_size, world.size, config.engine.accumulation),
+        local_batch_size(config.global_batch_size, world.size, config.engine.accumulation, config.loss.group_size),
         config.total_steps(order.num_samples),
         with_bias(model_config(config.model.name), config.loss.name == "siglip"),
         config.objects if is_parsed else None,
@@ -167,6 +167,7 @@ def make_pipeline(config: PretrainConfig, plan: Plan, image_size: int) -> Sample
 def course_of(config: PretrainConfig, plan: Plan) -> dict[str, Any]:
     """Returns the settings that fix the course of a run; the others (ranks, micro-batches, logging, …) are free."""
     tree = configuration.to_dict(config)
+    ranks = config.global_batch_size // plan.local_batch_size
     return {
         "model": plan.model_cfg,
         "data": plan.manifest.identity()["digest"],
@@ -182,6 +183,7 @@ def course_of(config: PretrainConfig, plan: Plan) -> dict[str, Any]:
         "optim": tree["optim"],
         "global_batch_size": config.global_batch_size,
         "total_steps": plan.total_steps,
+        "ranks_of_groups": ranks if config.loss.group_size else None,  # each is of one rank's pairs
         "seed": config.seed,
         "towers": config.model.course(),
         "ema": tree["ema"],
@@ -208,6 +210,8 @@ def announce(
         f"{plan.total_steps:,} steps = "
         f"{plan.total_samples:,} samples = {plan.total_samples / plan.order.num_samples:.2f} epochs"
     )
+    if (size := config.loss.group_size) is not None:
+        say(f"contrasted in {config.global_batch_size // size:,} groups of {size:,} pairs, each of one rank")
     say(
         f"engine DeepSpeed, ZeRO {config.engine.zero_stage}, {config.engine.precision}, {world.device}; run folder {plan.out}"
     )

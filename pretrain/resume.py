@@ -61,7 +61,9 @@ _UNTIL_NOW = {
         "patch_dropout": None,
     },
     "ema": {"decay": 0.0, "warmup": True},
+    "ranks_of_groups": None,
 }
+_LOSS_UNTIL_NOW = {"group_size": None}
 """Of the course: what runs had whose checkpoints do not say it, because it could not be set."""
 
 
@@ -95,7 +97,7 @@ def read_train_state(folder: Path, course: Mapping[str, Any], may_change: bool =
         content["step"],
         content["samples_seen"],
         {int(lane): count for lane, count in content["skipped"].items()},
-        {**_UNTIL_NOW, **content["course"]},
+        {**_UNTIL_NOW, **content["course"], "loss": {**_LOSS_UNTIL_NOW, **content["course"]["loss"]}},
         content["applied_steps"],
         tuple(content["left_out"]),
     )

@@ -141,7 +141,7 @@ class Training:
             config.save, plan.out, world, plan.model_cfg, partial(_description, recipe, config, plan), self.ema
         )
         self.bad_steps = BadSteps(config.guard, plan.out)
-        self.collapse = CollapseWatch(config.guard, config.global_batch_size)
+        self.collapse = CollapseWatch(config.guard, config.loss.group_size or config.global_batch_size)
         self.self_check = SelfCheck(self.engine)
         self.watchdog = Watchdog(plan.out, world, 60 * config.guard.hang_minutes)
         table = plan.object_table

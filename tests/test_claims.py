@@ -18,10 +18,10 @@ import torch
 from finetune_material import Killed, write_shards
 from scipy import stats
 
-from benchmarks.claims import corpus, page
+from benchmarks.claims import batch, corpus, page
 from benchmarks.claims.appearance import describe_nouns
 from benchmarks.claims.choice import choose
-from benchmarks.claims.corpus import LABELS, batch, domains, labels
+from benchmarks.claims.corpus import LABELS, domains, labels
 from benchmarks.claims.experiment import Arm, Claim, Default, Experiment, Found, Measure, Options, Plot, Row, Table
 from benchmarks.claims.figure import write_figure
 from benchmarks.claims.identity import check_unit, common_settings, shards_of
@@ -626,21 +626,47 @@ def test_a_row_less_an_arm_has_differences_by_seed_and_is_inconclusive_where_cha
         assert (found["verdict"] == "inconclusive") == bool(why)
 
 
-def test_every_batch_size_takes_the_whole_batches_of_as_many_pairs(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(corpus, "pretrained", lambda recipe, config: asked.append(config) or tmp_path)
-    monkeypatch.setattr(corpus, "_measured", lambda data, steps, place, kind: steps)
+def test_all_sizes_of_groups_go_on_from_one_start_of_their_seed(tmp_path, monkeypatch):
+    asked, steps = [], []
+    monkeypatch.setattr(batch, "pretrained", lambda recipe, config: asked.append(config) or config.out)
+    monkeypatch.setattr(batch, "measured", lambda data, number, place, kind: steps.append(number) or place)
     options = Options(quick=False)
-    experiment = batch(options)
-    data = corpus.Corpus(options, tmp_path, tmp_path, RECIPES["tiny"]())
-    steps = [experiment.run(data, arm.settings, 0, tmp_path) for arm in experiment.arms.values()]
-    assert steps == [200, 200, 100, 100, 50, 50, 25, 25, 12, 12]
-    assert [config.global_batch_size for config in asked[::2]] == [256, 512, 1024, 2048, 4096]
-    assert {config.loss.name for config in asked[1::2]} == {"object_iou"}
-    assert all(
-        51_200 - config.global_batch_size < config.steps * config.global_batch_size <= 51_200 for config in asked
-    )
+    experiment = batch.batch(options)
+    data = corpus.Corpus(options, tmp_path, tmp_path, RECIPES["tiny"](), tmp_path / "work")
+    data = replace(data, base=replace(data.base, steps=200))
+    for seed in (0, 1):
+        for name, arm in experiment.arms.items():
+            place = experiment.run(data, arm.settings, seed, tmp_path / name)
+            assert place == (tmp_path / f"work/starts/seed{seed}" if name == "start" else tmp_path / name)
+    assert steps == 2 * [200, *6 * [12]]
+    starts, others = asked[::7], [*asked[1:7], *asked[8:]]
+    assert [(config.seed, config.loss.full_name, config.steps) for config in starts] == [
+        (0, "hard", 200),
+        (1, "hard", 200),
+    ]
+    assert {(config.global_batch_size, config.steps) for config in others} == {(4096, 12)}
+    assert [config.model.pretrained for config in others] == [str(starts[i].out) for i in (0, 1) for _ in range(6)]
+    assert [config.loss.group_size for config in others] == 2 * [256, 256, 1024, 1024, 4096, 4096]
+    assert {config.loss.full_name for config in others[1::2]} == {"object_iou/budget"}
+    assert [name for name, arm in experiment.arms.items() if not arm.comes_last] == ["start"]
     assert experiment.rows["4,096, Object-IoU less hard"].minus == "4,096, hard"
+
+
+@pytest.mark.slow
+def test_the_quick_way_of_batch_goes_from_data_to_page(tmp_path):
+    out = tmp_path / "batch"
+    text = claims("batch", ClaimsConfig(quick=True, out=out)).read_text()
+    content = json.loads((out / "batch.json").read_text())
+    assert {name: len(row["seeds"]) for name, row in content["rows"].items()} == dict.fromkeys(content["rows"], 1)
+    assert len(content["rows"]) == 7
+    assert "64, Object-IoU less hard" in text
+    assert {name: len(points) for name, points in content["plot"]["series"].items()} == {"hard": 2, "Object-IoU": 2}
+    start, *_ = (out / "starts").glob("seed0/checkpoints/*")
+    assert "quick True" in text, "no evidence of anything"
+    (start.parents[2] / "seed0.done").unlink()  # killed after its last step: it goes on from there
+    (out / "units/64-hard-seed0.json").unlink()
+    again = json.loads((claims("batch", ClaimsConfig(quick=True, out=out)).with_suffix(".json")).read_text())
+    assert again["rows"]["64, hard"]["measures"] == content["rows"]["64, hard"]["measures"]
 
 
 def test_a_page_tells_its_history_its_shards_and_uncommitted_changes(tmp_path):

@@ -1,7 +1,9 @@
 """Losses: values and every gradient against plain float64 over Python sets, on 1, 2, 4 and 8 ranks."""
 
+import dataclasses
 import itertools
 import math
+from dataclasses import replace
 
 import loss_reference as reference
 import open_clip
@@ -14,6 +16,7 @@ from pretrain.losses import (
     LOSSES,
     BatchSets,
     LossConfig,
+    Moment,
     ObjectWeights,
     blocks,
     blockwise,
@@ -21,6 +24,7 @@ from pretrain.losses import (
     operators,
     prepare_targets,
 )
+from pretrain.losses.self_distillation import draw_hard, hard_share_at
 from setclip import distributed
 from setclip.errors import InputError
 from setclip.objects import ObjectTable, object_id
@@ -96,7 +100,7 @@ def test_both_designs_give_the_same(name, monkeypatch):
 @pytest.mark.parametrize(("most", "vocabulary", "is_dense"), [(40, 200, True), (4, 20_000, False)])
 def test_captions_of_many_common_objects_take_the_second_design(most, vocabulary, is_dense):
     drawn = reference.zipf_sets(1100, most, vocabulary, 0)
-    made = prepare_targets(batch_sets(drawn, drawn), LossConfig()).targets
+    made = prepare_targets(batch_sets(drawn, drawn), LossConfig()).groups[0].targets
     assert (made.tiles is not None) == is_dense
     assert (made.expansion is not None) == (not is_dense)
 
@@ -271,7 +275,7 @@ def test_two_ranks_equal_the_reference_on_one_batch():
 def check_ranks(world_size, names):
     truths = {}
     for name, uneven, config in rank_cases(names):
-        alone = prepare_targets(batch_sets(*BATCHES[name]), config, weights(config), torch.float64).targets
+        alone = prepare_targets(batch_sets(*BATCHES[name]), config, weights(config), torch.float64).groups[0].targets
         truths[name, uneven, config] = wanted(config, 100.0 if uneven else 30.0, BATCHES[name]), alone
     for results in on_ranks(world_size, losses_of_rank, names):
         for (name, uneven, config), (*values, kl, mass, similar, equal) in zip(rank_cases(names), results, strict=True):
@@ -281,6 +285,88 @@ def check_ranks(world_size, names):
             assert [float(mass), float(similar), float(equal)] == pytest.approx(
                 [alone.true_pair_mass, alone.similar_pairs, alone.equal_pairs]
             )
+
+
+# --- groups
+
+GROUPS = [*CONFIGS, LossConfig(name="softclip", beta=0.3), LossConfig(name="psd")]
+MOMENT = Moment(0.6, 5)
+BATCH_OF_12 = BATCHES["small sets on both sides"]
+
+
+def wanted_in_groups(config, group_size):
+    """The mean of the reference over groups, and its gradients."""
+    images, texts = features(size=12)
+    leaves = scalars(config, 30.0, torch.float64)
+    is_hard = draw_hard([group_size], hard_share_at(MOMENT.progress, config.hard_share), MOMENT.seed).tolist()
+    parts = [slice(first, first + group_size) for first in range(0, 12, group_size)]
+    of_groups = [
+        reference.loss(
+            images[part],
+            texts[part],
+            leaves[0],
+            *(side and side[part] for side in BATCH_OF_12),
+            config,
+            *leaves[1:],
+            is_hard=is_hard,
+        )
+        for part in parts
+    ]
+    return with_gradients(torch.stack(of_groups).mean(), images, texts, *leaves)
+
+
+def losses_in_groups(group_sizes):
+    """Runs on each rank: the loss of its part in groups, and gradients averaged over ranks as an engine does."""
+    world = distributed.start("cpu")
+    results = []
+    for config, group_size in itertools.product(GROUPS, group_sizes):
+        mine = parts_of(12, world.size, uneven=False)[world.rank]
+        images, texts = features(size=12)
+        leaves = scalars(config, 30.0, torch.float64)
+        sets = batch_sets(*(part and part[mine] for part in BATCH_OF_12))
+        in_groups = replace(config, group_size=group_size)
+        output = ours(images[mine], texts[mine], leaves[0], sets, in_groups, *leaves[1:], moment=MOMENT)
+        values = with_gradients(output.loss, images, texts, *leaves)
+        results.append([distributed.mean_over_ranks(value) for value in values])
+    return results
+
+
+def check_groups(of_ranks, group_sizes):
+    for results in of_ranks:
+        for (config, size), values in zip(itertools.product(GROUPS, group_sizes), results, strict=True):
+            check(values, wanted_in_groups(config, size), 1e-12, (config, size))
+
+
+def test_the_loss_in_groups_is_the_mean_over_them():
+    sizes = (2, 3, 4, 6, 12)
+    check_groups([losses_in_groups(sizes)], sizes)
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_groups_on_ranks_are_those_of_one_rank_and_need_no_other(world_size):
+    sizes = (3,) if world_size == 4 else (2, 3, 6)
+    check_groups(on_ranks(world_size, losses_in_groups, sizes), sizes)
+
+
+def test_meters_in_groups_are_means_over_them():
+    images, texts = (x.detach() for x in features(size=12))
+    theta = torch.tensor([1.0], dtype=torch.float64)
+
+    def output(part, config):
+        return ours(images[part], texts[part], theta, batch_sets(*(s and s[part] for s in BATCH_OF_12)), config)
+
+    found = output(slice(12), LossConfig(group_size=4))
+    alone = [output(slice(first, first + 4), LossConfig()) for first in (0, 4, 8)]
+    for field in dataclasses.fields(found):
+        values = [float(getattr(each, field.name)) for each in alone]
+        assert float(getattr(found, field.name)) == pytest.approx(sum(values) / 3, abs=1e-12), field.name
+
+
+def test_groups_that_do_not_divide_the_pairs_are_refused():
+    with pytest.raises(ValueError, match="expected pairs in groups of 5, found 12"):
+        found(LossConfig(group_size=5), 30.0)
+    with pytest.raises(ValueError, match="group_size must be at least 2, or a pair had no others; found 1"):
+        LossConfig(group_size=1)
 
 
 def bf16_of_rank():

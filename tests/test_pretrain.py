@@ -1,12 +1,12 @@
 """pretrain.run: ranks do not change the curve, a resume is exact, and wrong input fails before anything is built."""
 
-import dataclasses
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -20,11 +20,13 @@ from pretrain.checkpoints import SaveConfig
 from pretrain.config import RECIPES, EvalConfig, PretrainConfig, local_batch_size, tiny
 from pretrain.losses import LOSSES, LossConfig
 from pretrain.optim import OptimConfig, learning_rate, parameter_groups
+from pretrain.plan import course_of, make_plan
 from pretrain.progress import read_metrics, skip_list
+from pretrain.resume import STATE_NAME, read_train_state
 from pretrain.run import main, train
 from setclip import config as configuration
 from setclip import distributed
-from setclip.checkpoint import load_model
+from setclip.checkpoint import checkpoints_of, load_model
 from setclip.errors import InputError
 from setclip.images import AugmentConfig
 from setclip.manifest import Manifest
@@ -42,10 +44,10 @@ def place(tmp_path_factory):
 
 def config_of(place, out, **changes):
     base = tiny()
-    data = dataclasses.replace(
+    data = replace(
         base.data, shards=place / "shards", workers=0, num_lanes=8, augment=AugmentConfig(kind="shift", pixels=2)
     )
-    model = dataclasses.replace(base.model, name=str(place / "small.json"))
+    model = replace(base.model, name=str(place / "small.json"))
     settings = {
         "out": place / out,
         "overwrite": True,
@@ -55,9 +57,9 @@ def config_of(place, out, **changes):
         "steps": 10,
         "log_every_steps": 1,
         "save": SaveConfig(every_steps=5),
-        "engine": dataclasses.replace(base.engine, device="cpu"),
+        "engine": replace(base.engine, device="cpu"),
     }
-    return dataclasses.replace(base, **{**settings, **changes})
+    return replace(base, **{**settings, **changes})
 
 
 def run(config):
@@ -113,9 +115,7 @@ def train_on_rank(*configs):
 
 
 def test_two_ranks_give_the_curve_of_one_and_resume_its_checkpoint(place, undisturbed):
-    on_ranks(
-        2, train_on_rank, config_of(place, "two", engine=dataclasses.replace(tiny().engine, zero_stage=1, device="cpu"))
-    )
+    on_ranks(2, train_on_rank, config_of(place, "two", engine=replace(tiny().engine, zero_stage=1, device="cpu")))
     one, two = losses_of(place / "undisturbed"), losses_of(place / "two")
     assert two == pytest.approx(one, abs=5e-6)
     # From two ranks at stage 1 back to one at stage 0, from the middle.
@@ -138,7 +138,7 @@ def test_bad_samples_are_counted_in_the_log_and_the_checkpoint(place, tmp_path):
     key = damage_image(tmp_path / "shards", "train-00000.tar", 3)
     write_model(tmp_path)
     config = config_of(tmp_path, "bad")
-    last = run(dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad=0.1)))
+    last = run(replace(config, data=replace(config.data, max_bad=0.1)))
     entries = read_metrics(tmp_path / "bad" / "metrics.jsonl")
     assert entries[-1]["bad_samples"] in (2, 3)  # once in each of two and a half epochs
     state = json.loads((last / "training_state.json").read_text())
@@ -152,10 +152,10 @@ def test_bad_samples_are_counted_in_the_log_and_the_checkpoint(place, tmp_path):
 
 def test_training_starts_from_a_checkpoint(place, undisturbed, tmp_path):
     config = config_of(place, "warm")
-    config = dataclasses.replace(
+    config = replace(
         config,
-        model=dataclasses.replace(config.model, pretrained=str(undisturbed)),
-        optim=dataclasses.replace(config.optim, lr=1e-12),
+        model=replace(config.model, pretrained=str(undisturbed)),
+        optim=replace(config.optim, lr=1e-12),
         steps=1,
     )
     last = run(config)
@@ -164,7 +164,7 @@ def test_training_starts_from_a_checkpoint(place, undisturbed, tmp_path):
 
 
 def test_micro_batches_do_not_change_the_curve_and_may_change_at_a_resume(place, undisturbed):
-    engine = dataclasses.replace(tiny().engine, device="cpu", accumulation=4)
+    engine = replace(tiny().engine, device="cpu", accumulation=4)
     run(config_of(place, "cut", engine=engine))
     assert losses_of(place / "cut") == pytest.approx(losses_of(place / "undisturbed"), abs=5e-6)
     shutil.rmtree(place / "cut" / "checkpoints" / "step-00000010")
@@ -176,9 +176,9 @@ def test_batch_norm_over_micro_batches_is_announced(place, capsys):
     cfg = json.loads((place / "small.json").read_text())
     cfg["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}
     (place / "batch_norm.json").write_text(json.dumps(cfg))
-    engine = dataclasses.replace(tiny().engine, device="cpu", accumulation=2)
+    engine = replace(tiny().engine, device="cpu", accumulation=2)
     config = config_of(place, "batch_norm", engine=engine, steps=1)
-    run(dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(place / "batch_norm.json"))))
+    run(replace(config, model=replace(config.model, name=str(place / "batch_norm.json"))))
     said = capsys.readouterr().out
     assert "1 rank(s) × 2 × 8 = 16 pairs a step" in said
     assert "note: the model has batch norm, whose statistics are those of 8 pairs at a time" in said
@@ -204,10 +204,10 @@ def loss_configs():
 
 def trained(folder, out, loss, **changes):
     config = config_of(folder.parent, out, loss=loss, **changes)
-    return dataclasses.replace(
+    return replace(
         config,
-        data=dataclasses.replace(config.data, shards=folder),
-        model=dataclasses.replace(config.model, name=str(write_model(folder.parent))),
+        data=replace(config.data, shards=folder),
+        model=replace(config.model, name=str(write_model(folder.parent))),
     )
 
 
@@ -227,7 +227,7 @@ def test_two_ranks_give_the_curve_of_one_with_other_losses_and_micro_batches(wit
         "siglip": LossConfig(name="siglip"),
         "psd": LossConfig(name="psd", hard_share=(0.5, 0.2)),
     }
-    engine = dataclasses.replace(tiny().engine, device="cpu", accumulation=2, zero_stage=3)
+    engine = replace(tiny().engine, device="cpu", accumulation=2, zero_stage=3)
     for name, loss in losses.items():
         run(trained(with_objects, f"one_{name}", loss, steps=4))
     cut = [trained(with_objects, f"two_{name}", loss, steps=4, engine=engine) for name, loss in losses.items()]
@@ -280,7 +280,7 @@ def test_siglip_trains_a_bias_which_evaluations_and_open_clip_load(place, tmp_pa
 def test_a_bias_that_begins_takes_the_scale_with_it_and_one_without_use_is_left_out(place, undisturbed, capsys):
     def start(out, loss, pretrained):
         config = config_of(place, out, loss=loss, steps=1)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=str(pretrained)))
+        config = replace(config, model=replace(config.model, pretrained=str(pretrained)))
         return (
             load_file(run(config) / "model.safetensors"),
             capsys.readouterr().out,
@@ -313,7 +313,7 @@ def test_a_model_of_siglips_trains_other_losses_without_its_bias(place, capsys):
     assert with_bias({**cfg, "init_logit_bias": None}, True)["init_logit_bias"] == -10
     (place / "biased.json").write_text(json.dumps(cfg))
     config = config_of(place, "unbiased", steps=1)
-    last = run(dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(place / "biased.json"))))
+    last = run(replace(config, model=replace(config.model, name=str(place / "biased.json"))))
     assert "biased.json is built without its logit_bias: only siglip has a use for it" in capsys.readouterr().out
     assert "logit_bias" not in load_file(last / "model.safetensors")
 
@@ -362,15 +362,15 @@ def test_a_loss_without_objects_trains_on_shards_that_have_none(place, tmp_path,
 def test_wrong_input_says_what_to_do(place, changes, message):
     config = config_of(place, "wrong")
     if "model" in changes:
-        changes = {"model": dataclasses.replace(config.model, name=changes["model"])}
+        changes = {"model": replace(config.model, name=changes["model"])}
     if "accumulation" in changes:
-        changes = {"engine": dataclasses.replace(config.engine, **changes)}
+        changes = {"engine": replace(config.engine, **changes)}
     for name in ("shards", "split"):
         if name in changes:
             value = Path(changes[name]) if name == "shards" else changes[name]
-            changes = {"data": dataclasses.replace(config.data, **{name: value})}
+            changes = {"data": replace(config.data, **{name: value})}
     with pytest.raises(InputError, match=message):
-        run(dataclasses.replace(config, **changes))
+        run(replace(config, **changes))
     assert not (place / "wrong").exists(), "nothing was written"
 
 
@@ -388,6 +388,48 @@ def test_batch_sizes_that_do_not_divide_suggest_the_nearest():
         local_batch_size(4096, 3)
     with pytest.raises(InputError, match="2 is not a multiple of 3 ranks; nearest: 3"):
         local_batch_size(2, 3)
+
+
+def test_groups_that_do_not_divide_a_ranks_pairs_suggest_the_nearest(place):
+    with pytest.raises(
+        InputError,
+        match=r"16 pairs a rank cannot be cut into groups of 7 pairs, each of one rank; nearest: --loss\.group-size 8",
+    ):
+        local_batch_size(32, 2, 1, 7)
+    assert local_batch_size(32, 2, 1, 8) == 16
+    with pytest.raises(InputError, match="16 pairs a rank cannot be cut into groups of 3 pairs"):
+        run(config_of(place, "groups of 3", loss=LossConfig(name="hard", group_size=3)))
+
+
+def test_one_group_is_the_batch_and_several_are_other_batches(place, undisturbed, capsys):
+    """A group of all pairs takes the same steps to the last bit."""
+    hard = LossConfig(name="hard")
+    losses = {}
+    for name, size in (("all", None), ("one", 16), ("four", 4)):
+        run(config_of(place, f"groups-{name}", loss=replace(hard, group_size=size), steps=3, resume=False))
+        losses[name] = losses_of(place / f"groups-{name}")
+    assert losses["one"] == losses["all"]
+    assert "contrasted in 4 groups of 4 pairs, each of one rank" in capsys.readouterr().out
+    assert abs(losses["four"][0] - math.log(4)) < 0.3 < abs(losses["four"][0] - losses["all"][0])
+
+
+def test_a_run_in_groups_goes_on_with_its_own_ranks_alone(place):
+    config = config_of(place, "groups-and-ranks", loss=LossConfig(name="hard", group_size=2), steps=3)
+    run(config)
+    plan = make_plan("test", replace(config, overwrite=True), replace(distributed.start("cpu"), size=2))
+    with pytest.raises(InputError, match="ranks_of_groups was 1, is 2"):
+        read_train_state(checkpoints_of(place / "groups-and-ranks")[-1], course_of(config, plan))
+
+
+def test_a_checkpoint_from_before_groups_resumes(place):
+    config = config_of(place, "before-groups", steps=3)
+    run(config)
+    path = checkpoints_of(place / "before-groups")[-1] / STATE_NAME
+    state = json.loads(path.read_text())
+    del state["course"]["ranks_of_groups"], state["course"]["loss"]["group_size"]
+    path.write_text(json.dumps(state))
+    plan = make_plan("test", replace(config, overwrite=True), distributed.start("cpu"))
+    assert read_train_state(path.parent, course_of(config, plan)).step == 3
 
 
 def command(*arguments, **environment):

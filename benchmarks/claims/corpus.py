@@ -1,12 +1,11 @@
-"""Experiments on the embedded corpus: "labels", "domains", "tail" and "batch". Drawn scenes of 300 nouns, a small
-model, from random weights.
+"""Experiments on the embedded corpus: "labels", "domains" and "tail", and what "batch" takes of them. Drawn scenes of
+300 nouns, a small model, from random weights.
 
 Choosing is done on a second corpus of the same kind, drawn with another seed; what is reported is on the first one's
 test scenes and zero-shot pictures.
 """
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +38,7 @@ SAMPLES = 20_000
 TOP1_MARGIN = 1.0
 RSUM_MARGIN = 5.0
 
-_ABOUT = {
+ABOUT = {
     "Data": f"the embedded corpus: {SAMPLES:,} drawn scenes of 300 nouns in topics with long tails, captions that "
     "leave objects out, objects parsed from the captions. Zero-shot: 3,000 new pictures of single objects, 300 "
     "classes; retrieval: 1,000 test scenes.",
@@ -49,7 +48,7 @@ _ABOUT = {
     "is named alone.",
     "Choice": "nothing was chosen on what is reported: held-out figures are of a second corpus, drawn with another seed.",
 }
-_LIMITS = (
+LIMITS = (
     "Drawn scenes, not photographs: a corpus built from topics has many false negatives, which favours soft labels, "
     "and zero-shot shows the training drawings in new places. This measures the code and the direction of an effect, "
     "not what it is worth.",
@@ -80,6 +79,8 @@ class Corpus:
     scenes: Path
     held_out: Path
     base: PretrainConfig
+    work: Path
+    """Of the experiment alone"""
 
 
 def prepare(work: Path, shared: Path, options: Options) -> Corpus:
@@ -95,16 +96,16 @@ def prepare(work: Path, shared: Path, options: Options) -> Corpus:
             )
             prepare_shards("scenes", ScenesConfig(out=places[name], seed=seed, processes=1, **sizes))
     describe_nouns(places["scenes"], 30 if options.quick else 300)
-    base = _config(options)
+    base = config_of(options)
     base = replace(
         base,
         data=replace(base.data, shards=(str(places["scenes"]),)),
         engine=replace(base.engine, device=options.device),
     )
-    return Corpus(options, places["scenes"], places["scenes-held-out"], base)
+    return Corpus(options, places["scenes"], places["scenes-held-out"], base, work)
 
 
-def _config(options: Options) -> PretrainConfig:
+def config_of(options: Options) -> PretrainConfig:
     """Returns the settings of all runs, without places and device."""
     base = RECIPES["tiny"]()
     return replace(
@@ -116,9 +117,9 @@ def _config(options: Options) -> PretrainConfig:
     )
 
 
-def _same(options: Options) -> dict[str, Any]:
+def in_common(options: Options) -> dict[str, Any]:
     """Returns the fields of an experiment that say what all runs of the corpus have in common."""
-    return {"settings": configuration.to_dict(_config(options)), "made_of": _made_of}
+    return {"settings": configuration.to_dict(config_of(options)), "made_of": _made_of}
 
 
 def _made_of(corpus: Corpus) -> dict[str, Any]:
@@ -126,16 +127,12 @@ def _made_of(corpus: Corpus) -> dict[str, Any]:
 
 
 def run(corpus: Corpus, settings: Mapping[str, Any], seed: int, out: Path) -> Found:
-    """Trains with an arm's loss, text domains and batch, as many whole batches as the pairs of all runs make, and evaluates."""
-    base = corpus.base
-    if "batch" in settings:
-        steps = max(1, _number_of_pairs(corpus.options) // settings["batch"])
-        base = replace(base, global_batch_size=settings["batch"], steps=steps)
-    run_folder = pretrained("tiny", with_settings(base, settings, seed, out))
-    return _measured(corpus, base.steps, run_folder, settings.get("prototypes", "templates"))
+    """Trains with an arm's loss and text domains, and evaluates."""
+    run_folder = pretrained("tiny", with_settings(corpus.base, settings, seed, out))
+    return measured(corpus, corpus.base.steps, run_folder, settings.get("prototypes", "templates"))
 
 
-def _measured(corpus: Corpus, steps: int | None, run_folder: Path, prototypes: str) -> Found:
+def measured(corpus: Corpus, steps: int | None, run_folder: Path, prototypes: str) -> Found:
     device = corpus.options.device
     values: dict[str, float | None] = {}
     chance: dict[str, float] = {}
@@ -201,20 +198,20 @@ LOSS_DEFAULT = Default(
 )
 
 
-def _more(text: str, source: str, better: str, worse: str, measure: str = "top1", margin: float = TOP1_MARGIN) -> Claim:
+def more(text: str, source: str, better: str, worse: str, measure: str = "top1", margin: float = TOP1_MARGIN) -> Claim:
     return Claim(text=text, source=source, better=better, worse=worse, measure=measure, margin=margin)
 
 
 CONTROL = "asked here: how much is smoothing, how much is IoU?"
 LABEL_CLAIMS = (
-    _more("Object-IoU beats label smoothing 0.2", f"{_ALIGN}: 27.0 > 24.5", "budget 0.2", "smoothing 0.2"),
-    _more("label smoothing 0.2 beats hard labels", f"{_ALIGN}: 24.5 > 23.0", "smoothing 0.2", "hard"),
-    _more("Object-IoU beats hard labels", f"{_ALIGN}: 27.0 > 23.0", "budget 0.2", "hard"),
-    _more("Object-IoU 0.1 beats smoothing 0.1", CONTROL, "budget 0.1", "smoothing 0.1"),
-    _more("Object-IoU 0.5 beats smoothing 0.5", CONTROL, "budget 0.5", "smoothing 0.5"),
-    _more("Object-IoU beats several hard positives", CONTROL, "budget 0.2", "multi-positive"),
-    _more("Object-IoU beats hard labels in retrieval, too", "asked here", "budget 0.2", "hard", "rsum", RSUM_MARGIN),
-    _more("weighting rare objects helps the tail", "asked here", "weighted", "budget 0.2", "top1_tail"),
+    more("Object-IoU beats label smoothing 0.2", f"{_ALIGN}: 27.0 > 24.5", "budget 0.2", "smoothing 0.2"),
+    more("label smoothing 0.2 beats hard labels", f"{_ALIGN}: 24.5 > 23.0", "smoothing 0.2", "hard"),
+    more("Object-IoU beats hard labels", f"{_ALIGN}: 27.0 > 23.0", "budget 0.2", "hard"),
+    more("Object-IoU 0.1 beats smoothing 0.1", CONTROL, "budget 0.1", "smoothing 0.1"),
+    more("Object-IoU 0.5 beats smoothing 0.5", CONTROL, "budget 0.5", "smoothing 0.5"),
+    more("Object-IoU beats several hard positives", CONTROL, "budget 0.2", "multi-positive"),
+    more("Object-IoU beats hard labels in retrieval, too", "asked here", "budget 0.2", "hard", "rsum", RSUM_MARGIN),
+    more("weighting rare objects helps the tail", "asked here", "weighted", "budget 0.2", "top1_tail"),
 )
 _QUICK_LABELS = ("hard", "budget 0.2")
 _LABELS_LIMIT = (
@@ -240,8 +237,8 @@ def labels(options: Options) -> Experiment:
         title="Object-IoU labels on the embedded corpus",
         question="Do soft labels by the overlap of objects help, and is it the overlap or only that the labels are "
         "soft? Label smoothing at the same mass is the control.",
-        about={**_ABOUT, "Arms": "the loss alone (docs/losses.md)."},
-        limits=_LIMITS if options.quick else (*_LIMITS, _LABELS_LIMIT),
+        about={**ABOUT, "Arms": "the loss alone (docs/losses.md)."},
+        limits=LIMITS if options.quick else (*LIMITS, _LABELS_LIMIT),
         arms=arms,
         rows=rows,
         measures=MEASURES,
@@ -250,7 +247,7 @@ def labels(options: Options) -> Experiment:
         seeds=2 if options.quick else 5,
         prepare=prepare,
         run=run,
-        **_same(options),
+        **in_common(options),
     )
 
 
@@ -261,9 +258,9 @@ def tail(options: Options) -> Experiment:
     rows = found.rows
     claims = _claims(
         (
-            _more("Object-IoU helps the tail", "Zhang, Yan, Ding 2024 (AlignCLIP)", "budget 0.2", "hard", "top1_tail"),
-            _more("Object-IoU helps the head", "asked here", "budget 0.2", "hard", "top1_head"),
-            _more("Object-IoU helps the tail more than smoothing", CONTROL, "budget 0.2", "smoothing 0.2", "top1_tail"),
+            more("Object-IoU helps the tail", "Zhang, Yan, Ding 2024 (AlignCLIP)", "budget 0.2", "hard", "top1_tail"),
+            more("Object-IoU helps the head", "asked here", "budget 0.2", "hard", "top1_head"),
+            more("Object-IoU helps the tail more than smoothing", CONTROL, "budget 0.2", "smoothing 0.2", "top1_tail"),
         ),
         rows,
     )
@@ -331,14 +328,14 @@ def domains(options: Options) -> Experiment:
         question="Do prompts and descriptions of how objects look, in place of some captions, help zero-shot "
         "classification, and does retrieval pay for it? Classes are told by prompts, by descriptions, or by both.",
         about={
-            **_ABOUT,
+            **ABOUT,
             "Arms": f"a text is a prompt or a description with probability {share} each, the caption otherwise; loss "
             "Object-IoU 0.2.",
             "Descriptions": "made of the drawings themselves (two colours and a shape), without a language model: "
             "true, and poorer than a model's.",
         },
         limits=(
-            *_LIMITS,
+            *LIMITS,
             _BEGINNING,
             "All arms take as many steps, so captions are trained on less often where there are prompts and descriptions: "
             "what retrieval pays is that, too.",
@@ -348,10 +345,10 @@ def domains(options: Options) -> Experiment:
         measures=MEASURES,
         claims=_claims(
             (
-                _more("prompts help zero-shot", source, "prompts, by templates", "captions, by templates"),
-                _more("prompts help the tail", source, "prompts, by templates", "captions, by templates", "top1_tail"),
-                _more("all domains help zero-shot", source, "all, by templates", "captions, by templates"),
-                _more("both prototypes beat prompts", source, "all, by both", "all, by templates"),
+                more("prompts help zero-shot", source, "prompts, by templates", "captions, by templates"),
+                more("prompts help the tail", source, "prompts, by templates", "captions, by templates", "top1_tail"),
+                more("all domains help zero-shot", source, "all, by templates", "captions, by templates"),
+                more("both prototypes beat prompts", source, "all, by both", "all, by templates"),
                 Claim(
                     text="all domains cost retrieval nothing",
                     source="asked here: our prototype lost 1.5 to 5 points on one seed",
@@ -373,86 +370,5 @@ def domains(options: Options) -> Experiment:
         seeds=2 if options.quick else 5,
         prepare=prepare,
         run=run,
-        **_same(options),
-    )
-
-
-# --- batch
-
-_LOSSES_BY_BATCH = {"hard": {"name": "hard"}, "Object-IoU": {"name": "object_iou", "beta": 0.2}}
-
-
-def _number_of_pairs(options: Options) -> int:
-    return 3 * 64 if options.quick else STEPS * BATCH
-
-
-def batch(options: Options) -> Experiment:
-    """Does the advantage of soft labels grow with the batch, which has more false negatives?"""
-    sizes = (32, 64) if options.quick else (256, 512, 1024, 2048, 4096)
-    between = (512, 2048)
-    arms = {
-        f"{size:,}, {words}": Arm(
-            what=f"batches of {size:,}, {words}", settings={"batch": size, "loss": loss}, comes_last=size in between
-        )
-        for size in sizes
-        for words, loss in _LOSSES_BY_BATCH.items()
-    }
-    gains = {size: f"{size:,}, Object-IoU less hard" for size in sizes}
-    rows: dict[str, Row] = {}
-    for size, gain in gains.items():
-        hard, soft = (f"{size:,}, {words}" for words in _LOSSES_BY_BATCH)
-        rows |= {hard: Row(arm=hard), soft: Row(arm=soft), gain: Row(arm=soft, minus=hard)}
-    names = {name: MEASURES[name] for name in ("top1", "top1_tail", "i2t_r1", "t2i_r1", "rsum")}
-    ends = [gains[size] for size in (sizes[-1], sizes[0])]
-    return Experiment(
-        title="Soft labels against the size of batches",
-        question="A larger batch has more pairs that share objects. Does what Object-IoU brings grow with it?",
-        about={
-            **_ABOUT,
-            "Training": f"whole batches out of {_number_of_pairs(options):,} pairs for every size, so fewer steps with larger "
-            "batches, at the recipe's learning rate.",
-        },
-        limits=(
-            *_LIMITS,
-            _BEGINNING,
-            "Fewer steps train less: only the difference of the two losses is compared between sizes.",
-        ),
-        arms=arms,
-        rows=rows,
-        measures=names,
-        claims=[
-            _more("the gain in top-1 grows from the smallest to the largest batch", "asked here", *ends),
-            _more(
-                "the gain in retrieval grows from the smallest to the largest batch",
-                "asked here",
-                *ends,
-                "rsum",
-                RSUM_MARGIN,
-            ),
-        ],
-        chosen_by="top1",
-        seeds=1 if options.quick else 5,  # quick: under a minute
-        prepare=prepare,
-        run=run,
-        plot=_by_batch,
-        **_same(options),
-    )
-
-
-def _by_batch(units: Sequence[Unit]) -> Plot | None:
-    series: dict[str, list[list[float]]] = {}
-    for words, loss in _LOSSES_BY_BATCH.items():
-        of_loss = [unit for unit in units if unit["settings"]["loss"] == loss]
-        for size in sorted({unit["settings"]["batch"] for unit in of_loss}):
-            values = [unit["values"]["top1"] for unit in of_loss if unit["settings"]["batch"] == size]
-            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            series.setdefault(words, []).append([size, statistics.fmean(values), deviation])
-    if not series:
-        return None
-    return Plot(
-        title="Zero-shot top-1 by batch, mean ± standard deviation over seeds",
-        x_label="pairs a batch",
-        y_label="zero-shot top-1, %",
-        series=series,
-        log_x=True,
+        **in_common(options),
     )

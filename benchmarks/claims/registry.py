@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks.claims import corpus, labels_photos, sets
+from benchmarks.claims import batch, corpus, labels_photos, sets
 from benchmarks.claims.experiment import Experiment, Options
 
 EXPERIMENTS: dict[str, Callable[[Options], Experiment]] = {
@@ -11,5 +11,5 @@ EXPERIMENTS: dict[str, Callable[[Options], Experiment]] = {
     "labels-photos": labels_photos.experiment,
     "domains": corpus.domains,
     "tail": corpus.tail,
-    "batch": corpus.batch,
+    "batch": batch.batch,
 }

@@ -193,12 +193,12 @@ def _run(experiment: Experiment, prepared: Any, task: Task, common: Mapping[str,
 @contextlib.contextmanager
 def held(work: Path, name: str) -> Iterator[bool]:
     """Holds a unit while within; yields whether it is ours."""
-    with _held(work / "locks" / name) as is_ours:
+    with locked(work / "locks" / name) as is_ours:
         yield is_ours
 
 
 @contextlib.contextmanager
-def _held(path: Path, *, waits: bool = False) -> Iterator[bool]:
+def locked(path: Path, *, waits: bool = False) -> Iterator[bool]:
     """Holds the lock of a file while within; yields whether it is ours. It ends with the process, however that ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
@@ -212,9 +212,9 @@ def _held(path: Path, *, waits: bool = False) -> Iterator[bool]:
 
 def _prepared(experiment: Experiment, work: Path, shared: Path, options: Options) -> Any:
     with contextlib.ExitStack() as stack:  # experiments share the data
-        if not stack.enter_context(_held(shared / ".lock")):
+        if not stack.enter_context(locked(shared / ".lock")):
             say(f"waiting for another call that prepares data in {shared}")
-            stack.enter_context(_held(shared / ".lock", waits=True))
+            stack.enter_context(locked(shared / ".lock", waits=True))
         start, cpu = time.monotonic(), _cpu_seconds()
         prepared = experiment.prepare(work, shared, options)
         path = work / "prepared.json"

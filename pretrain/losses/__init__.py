@@ -66,11 +66,24 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The targets of a batch over all ranks, and what they were made for."""
+class Group:
+    """Pairs that are contrasted with each other, and with no others: all of a step, or some of this rank's."""
 
     targets: Targets | SoftClipTargets
     layout: Layout
+
+    @property
+    def size(self) -> int:
+        """Its pairs on this rank."""
+        return self.layout.counts[self.layout.rank]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The targets of a batch, and what they were made for."""
+
+    groups: tuple[Group, ...]
+    """In the order of this rank's pairs"""
     config: LossConfig
     dtype: torch.dtype
 
@@ -83,13 +96,27 @@ def prepare_targets(
 ) -> Prepared:
     """Returns the targets over all ranks, which need no features: they can be made while the towers encode. Collective.
 
-    `sets`: this rank's. `weights`: needed where config.weights is "frequency", on the sets' device. `dtype`: that of the
-    logits, the features' promoted to float32.
+    `sets`: this rank's, a multiple of config.group_size. `weights`: needed where config.weights is "frequency", on the
+    sets' device. `dtype`: that of the logits, the features' promoted to float32.
     """
     _check_sets(sets)
-    layout, gathered = agree(sets)
     make = make_softclip_targets if config.name == "softclip" else make_targets
-    return Prepared(make(gathered, config, layout, weights, dtype), layout, config, dtype)
+    return Prepared(
+        tuple(Group(make(part, config, layout, weights, dtype), layout) for layout, part in _grouped(sets, config)),
+        config,
+        dtype,
+    )
+
+
+def _grouped(sets: BatchSets, config: LossConfig) -> list[tuple[Layout, BatchSets]]:
+    """Returns the pairs of each group, and where they lie: those of all ranks, or of this rank alone."""
+    if config.group_size is None:
+        return [agree(sets)]
+    if len(sets) % config.group_size:
+        raise ValueError(f"expected pairs in groups of {config.group_size}, found {len(sets)}")
+    parts = (sets.image_objects, sets.text_objects, *(() if sets.text_ids is None else (sets.text_ids,)))
+    alone = Layout(0, (config.group_size,))
+    return [(alone, BatchSets(*part)) for part in zip(*(x.split(config.group_size) for x in parts), strict=True)]
 
 
 def contrastive_loss(
@@ -104,7 +131,7 @@ def contrastive_loss(
     moment: Moment | None = None,
     prepared: Prepared | None = None,
 ) -> LossOutput:
-    """Returns this rank's share of the loss over all ranks' pairs.
+    """Returns this rank's share of the loss over all ranks' pairs; with config.group_size, of the mean over groups.
 
     `image_features`, `text_features`: (B, D) float, unit norm; ranks may differ in B. `logit_scale`: exp(θ), one
     number; `logit_bias`: one number, for siglip. `sets`: of this rank's pairs. `prepared`: what `prepare_targets` returned
@@ -114,14 +141,29 @@ def contrastive_loss(
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     _check_features(image_features, text_features, logit_scale, logit_bias, sets)
     prepared = prepared or prepare_targets(sets, config, weights, dtype)
-    if (prepared.config, prepared.dtype) != (config, dtype) or prepared.layout.counts[prepared.layout.rank] != len(
-        sets
-    ):
+    sizes = [group.size for group in prepared.groups]
+    if (prepared.config, prepared.dtype) != (config, dtype) or sum(sizes) != len(sets):
         raise ValueError(
             f"expected targets prepared for this loss, {len(sets)} pairs and {dtype}, found those of "
-            f"{prepared.config.full_name}, {prepared.layout.counts[prepared.layout.rank]} pairs and {prepared.dtype}"
+            f"{prepared.config.full_name}, {sum(sizes)} pairs and {prepared.dtype}"
         )
-    targets, layout = prepared.targets, prepared.layout
+    parts = zip(prepared.groups, image_features.split(sizes), text_features.split(sizes), strict=True)
+    found = [_loss_of(group, images, texts, logit_scale, logit_bias, config, moment) for group, images, texts in parts]
+    means = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
+    return LossOutput(*(found[0] if len(found) == 1 else means))
+
+
+def _loss_of(
+    group: Group,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    config: LossConfig,
+    moment: Moment | None,
+) -> tuple[Tensor, ...]:
+    """Returns the fields of LossOutput of one group, in their order."""
+    targets, layout = group.targets, group.layout
     if isinstance(targets, SoftClipTargets):
         loss = softclip_loss(image_features, text_features, logit_scale, targets, layout)
     elif config.name == "siglip":
@@ -135,7 +177,7 @@ def contrastive_loss(
             targets = distil(targets, image_features, text_features, config, layout, moment.progress, moment.seed)
         loss = blockwise_loss(image_features, text_features, logit_scale, targets, layout)
     numbers = (targets.true_pair_mass, targets.similar_pairs, targets.equal_pairs)
-    return LossOutput(loss, (loss.detach() - targets.entropy), *(loss.new_tensor(n) for n in numbers))
+    return loss, loss.detach() - targets.entropy, *(loss.new_tensor(n) for n in numbers)
 
 
 def _check_sets(sets: BatchSets) -> None:

@@ -189,7 +189,7 @@ def log_sums(
     # One message: sums over all ranks' images, true pairs, and whether a row has lost digits.
     too_small = torch.tensor(_ABOVE_UNDERFLOW[dtype], dtype=torch.float64, device=rows.device).exp()
     is_lost = (rows + (true - shift).exp() < too_small).any()
-    merged = add_over_ranks(torch.cat([columns, all_true, is_lost.double()[None]]))
+    merged = add_over_ranks(torch.cat([columns, all_true, is_lost.double()[None]]), layout)
     columns, all_true = merged[: layout.total], merged[layout.total : -1]
     if bool((merged[-1] > 0) | (columns + (all_true - shift).exp() < too_small).any()):  # alike on all ranks
         rows, columns = _running_sums(images, all_texts, scale, layout.mine.start)

@@ -69,9 +69,9 @@ def gather_rows(local: Tensor, layout: Layout) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, layout.counts, strict=True)])
 
 
-def add_over_ranks(value: Tensor) -> Tensor:
-    """Adds a tensor over ranks in place and returns it."""
-    if world_size() > 1:
+def add_over_ranks(value: Tensor, layout: Layout) -> Tensor:
+    """Adds a tensor over the layout's ranks in place and returns it."""
+    if len(layout.counts) > 1:
         dist.all_reduce(value)
     return value
 

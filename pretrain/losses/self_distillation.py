@@ -170,7 +170,7 @@ def _predict(
             values = powers.view(-1)[inside].double()
             of_rows[2, rows].index_add_(0, inside // width, values)
             of_columns[2, columns].index_add_(0, inside % width, values)
-    merged = add_over_ranks(torch.cat([found.view(6, -1), true[None]]))
+    merged = add_over_ranks(torch.cat([found.view(6, -1), true[None]]), layout)
     (sums, weighted, at_mates), true = merged[:6].view(2, 3, -1).transpose(0, 1), merged[6]
     sums, weighted = sums + true.exp(), weighted + true.exp() * true
     return _Predictions(sums, true.exp() / sums, at_mates / sums, sums.log() - weighted / sums)

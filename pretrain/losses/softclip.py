@@ -121,7 +121,7 @@ def make_softclip_targets(
         config.temperature,
         config.negatives_weight,
         float((numbers * (images.true.exp() + texts.true.exp())).mean() / 2),
-        float(add_over_ranks(similar)) / others,
+        float(add_over_ranks(similar, layout)) / others,
         float(count_equal(classes, mates)) / others,
     )
 
@@ -157,7 +157,7 @@ class _Loss(torch.autograd.Function):
             targets.texts,
             gather_rows(true, layout),
             column_negatives,
-            add_over_ranks(of_columns),
+            add_over_ranks(of_columns, layout),
             targets.negatives_weight,
         )
         ctx.save_for_backward(

@@ -51,6 +51,9 @@ class LossConfig:
     """psd: what the model's own cosines are divided by to make targets."""
     equal_texts: Literal["positives", "negatives"] = "positives"
     """What pairs with an equal text are to each other. CLIP takes them for negatives."""
+    group_size: int | None = None
+    """Contrast a pair with the others of its group of so many alone, of one rank and consecutive there; None: with all
+    pairs of the step. At a rank's batch it is training without gathered features."""
 
     def __post_init__(self) -> None:
         self.find_target()
@@ -72,6 +75,8 @@ class LossConfig:
             raise ValueError(f"teacher_temperature must be at least 0.02, found {self.teacher_temperature}")
         if len(self.hard_share) != 2 or not all(0 <= share <= 1 for share in self.hard_share):
             raise ValueError(f"hard_share must be two numbers in [0, 1], found {self.hard_share}")
+        if self.group_size is not None and self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2, or a pair had no others; found {self.group_size}")
         if not self.negatives_weight >= 0:
             raise ValueError(f"negatives_weight must not be negative, found {self.negatives_weight}")
         if self.name == "softclip" and self.beta == 0:
@@ -92,7 +97,7 @@ class LossConfig:
 
     def ignored(self) -> dict[str, object]:
         """Returns the settings that differ from their defaults though this loss does not use them."""
-        used = {"name", "equal_texts", *self.find_target().uses}
+        used = {"name", "equal_texts", "group_size", *self.find_target().uses}
         if len(LOSSES[self.name]) > 1:
             used.add("target")
         values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}

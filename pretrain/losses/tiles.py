@@ -255,7 +255,7 @@ def sum_others(
         values = tiles.values(similarity, rows, columns) if tiles.is_exact(similarity) else similarity.from_iou(iou)
         add(0, values)
         add(2, information(values).mul_(other.copy_(overlaps)))
-    return Sums(*gather_rows(of_images.T.contiguous(), layout).T), Sums(*add_over_ranks(of_texts))
+    return Sums(*gather_rows(of_images.T.contiguous(), layout).T), Sums(*add_over_ranks(of_texts, layout))
 
 
 class InTiles(Protocol):
