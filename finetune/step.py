@@ -168,4 +168,9 @@ def terms_of(config: FinetuneConfig) -> dict[str, Weighted]:
         raise InputError(
             "expected a contrastive loss whose objects count alike, found --contrastive.weights frequency; leave it out"
         )
+    if config.contrastive.group_size is not None:
+        raise InputError(
+            "expected a contrastive loss of all pairs of a step, found --contrastive.group-size "
+            f"{config.contrastive.group_size}; groups are for pretraining: leave it out, or give a smaller --batch-size"
+        )
     return terms

@@ -29,7 +29,7 @@ class GuardConfig:
     hang_minutes: float = 30.0
     """Minutes without progress on a rank after which the job names it, writes all stacks to hang/ and ends; 0: never."""
     collapse_steps: int = 500
-    """Steps with the loss at ln(batch), as if all features were equal, after which that is said."""
+    """Steps with the loss at ln(pairs contrasted), as if all features were equal, after which that is said."""
 
     def __post_init__(self) -> None:
         for name in ("max_bad_steps", "window", "rollbacks", "hang_minutes", "collapse_steps"):
@@ -71,7 +71,7 @@ class BadSteps:
 
 
 class CollapseWatch:
-    """Says once when the loss stays at ln(batch): every pair then is as likely as every other, and nothing is learnt."""
+    """Says once when the loss stays at ln(pairs contrasted): each is as likely as every other, and nothing is learnt."""
 
     def __init__(self, config: GuardConfig, contrasted: int):
         """`contrasted`: the pairs of a batch, or of a group where it has several."""
@@ -86,7 +86,8 @@ class CollapseWatch:
         if self._steps != self._limit:
             return None
         return (
-            f"the loss has been at ln(batch) = {self._level:.3f} for {self._limit} steps: all features are alike (a collapse); "
+            f"the loss has been at ln(pairs contrasted) = {self._level:.3f} for {self._limit} steps: all features are alike "
+            "(a collapse); "
             "lower --optim.lr or lengthen the warm-up, and look at the captions"
         )
 

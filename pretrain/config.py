@@ -107,7 +107,7 @@ class PretrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     global_batch_size: int = 4096
-    """Pairs a step over all ranks and micro-batches: each is a negative of all others."""
+    """Pairs a step over all ranks and micro-batches: each is a negative of all others, or of its --loss.group-size."""
     epochs: float = 32.0
     """Passes over the data; --steps overrides it."""
     steps: int | None = None

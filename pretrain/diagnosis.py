@@ -119,6 +119,11 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'s' * (number != 1)}"
 
 
+def _groups(config: PretrainConfig) -> str:
+    size = config.loss.group_size
+    return "" if size is None else f" in groups of {size:,}"
+
+
 def _checks(found: Diagnosis) -> list[str]:
     config, plan = found.config, found.plan
     number = config.engine.accumulation
@@ -133,7 +138,8 @@ def _checks(found: Diagnosis) -> list[str]:
         Check(
             "batches",
             True,
-            f"{_ranks(found.ranks)} × {cut} = {config.global_batch_size:,} pairs a step; {plan.total_steps:,} steps = "
+            f"{_ranks(found.ranks)} × {cut} = {config.global_batch_size:,} pairs a step{_groups(config)}; "
+            f"{plan.total_steps:,} steps = "
             f"{found.pairs:,} pairs = {found.epochs:.2f} epochs",
         ),
         Check(
@@ -253,6 +259,7 @@ def to_json(found: Diagnosis) -> dict[str, Any]:
         "accumulation": found.config.engine.accumulation,
         "ranks": found.ranks,
         "device": found.device,
+        "group_size": found.config.loss.group_size,
         "global_batch_size": found.config.global_batch_size,
         "local_batch_size": found.local_batch_size,
         "total_steps": found.plan.total_steps,

@@ -289,8 +289,8 @@ def _step(
         )
     if found.ranks > world.size:
         notes.append(
-            f"measured on {world.size} of {found.ranks} ranks: exchange between the others, and the loss's larger batch, come "
-            "on top"
+            f"measured on {world.size} of {found.ranks} ranks: exchange between the others"
+            + (", and the loss's larger batch, come on top" if config.loss.group_size is None else " comes on top")
         )
     if world.device.type == "cpu" and step is not None and step.core_seconds < _BUSY * step.seconds:
         notes.append(

@@ -5,6 +5,7 @@ reading also in elapsed time, for it waits. The loader as a whole, and steps, ar
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from pretrain.config import PretrainConfig
 from pretrain.data_order import DataOrder, Place
 from pretrain.engine import Engine
 from pretrain.loader import Batch, Loader, SamplePipeline, ids_of_texts, pad_objects, to_device
-from pretrain.losses import BatchSets, Moment, ObjectWeights, contrastive_loss, prepare_targets
+from pretrain.losses import BatchSets, LossConfig, Moment, ObjectWeights, contrastive_loss, prepare_targets
 from pretrain.memory import ModelCost, estimate_memory
 from pretrain.model_options import build_for_training
 from pretrain.plan import Plan
@@ -202,6 +203,8 @@ def measure_steps(
         needed = estimate_memory(cost, engine_config, size * number, world.size, world.device.type).total
         return distributed.broadcast(needed <= _OF_MEMORY * available)
 
+    group = config.loss.group_size or 1
+    whole_groups = group // math.gcd(group, number)  # pairs a micro-batch, of which a step is cut into groups
     size = min(_FIRST_PAIRS, micro)
     if not fits(size):
         return None
@@ -221,7 +224,8 @@ def measure_steps(
             parts = list(islice(source, max(1, size * number // _FIRST_PAIRS)))
             batch = Batch.concatenate([batch, *parts])
         begin, of_cores = _now(world), time.process_time()
-        _step(engine, config, batch.split(size * number)[0], weights, world)
+        loss = in_groups(config.loss, size * number, number)
+        _step(engine, config, loss, batch.split(size * number)[0], weights, world)
         return distributed.broadcast((_now(world) - begin, time.process_time() - of_cores))
 
     try:
@@ -231,6 +235,8 @@ def measure_steps(
             grown = min(micro, 4 * size, int(size * _STEP_SECONDS / taken))
             while grown > size and not fits(grown):
                 grown = (grown + size) // 2
+            if grown > whole_groups:
+                grown -= grown % whole_groups
             if grown <= size:
                 break
             is_last = grown < min(micro, 4 * size)
@@ -253,7 +259,22 @@ def _now(world: World) -> float:
     return time.monotonic()
 
 
-def _step(engine: Engine, config: PretrainConfig, batch: Batch, weights: ObjectWeights | None, world: World) -> None:
+def in_groups(loss: LossConfig, pairs: int, number: int) -> LossConfig:
+    """Returns the loss of a step of `pairs` in `number` micro-batches, which may be too few for the run's groups."""
+    size = loss.group_size
+    if size is None or pairs % size == 0:
+        return loss
+    return replace(loss, group_size=pairs if pairs < size else pairs // number)
+
+
+def _step(
+    engine: Engine,
+    config: PretrainConfig,
+    loss: LossConfig,
+    batch: Batch,
+    weights: ObjectWeights | None,
+    world: World,
+) -> None:
     """Takes a step as the training loop does."""
     data = to_device(batch, world.device)
     sets = BatchSets(data["image_objects"], data["text_objects"], data["text_ids"])
@@ -263,9 +284,9 @@ def _step(engine: Engine, config: PretrainConfig, batch: Batch, weights: ObjectW
         features.texts,
         features.logit_scale,
         sets,
-        config.loss,
+        loss,
         logit_bias=features.logit_bias,
         moment=Moment(0.5, 0),
-        prepared=prepare_targets(sets, config.loss, weights),
+        prepared=prepare_targets(sets, loss, weights),
     )
     engine.step(output.loss, config.optim.lr / 1000)

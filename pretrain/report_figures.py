@@ -39,7 +39,8 @@ def sentence(run: Run) -> str:
     batch = settings.get("global_batch_size")
     parts = [f"{model}" + (f" with the loss {loss}" if loss else "") + (f" on {data}" if data else "")]
     if batch:
-        parts.append(f"{batch:,} pairs a step")
+        group = settings.get("loss.group_size")
+        parts.append(f"{batch:,} pairs a step" + (f" in groups of {group:,}" if group else ""))
     if facts.get("ranks"):
         parts.append(f"{facts['ranks']} × {facts.get('device', 'one device')}")
     told = f"{', '.join(parts)}. "

@@ -103,7 +103,7 @@ def _memory(run: Run) -> list[str]:
 
 
 def _collapse(run: Run) -> list[str]:
-    batch = run.settings.get("global_batch_size")
+    batch = run.settings.get("loss.group_size") or run.settings.get("global_batch_size")
     values = [value for _, value in run.values("loss")]
     if not batch or len(values) < _FEW:
         return []
@@ -111,8 +111,8 @@ def _collapse(run: Run) -> list[str]:
     if any(abs(value - level) > 0.005 * level for value in values[-_FEW:]):
         return []
     return [
-        f"The loss stays at ln(batch) = {level:.3f}: all features are alike (a collapse). Lower `--optim.lr` or lengthen the "
-        "warm-up, and look at the captions."
+        f"The loss stays at ln(pairs contrasted) = {level:.3f}: all features are alike (a collapse). Lower `--optim.lr` or "
+        "lengthen the warm-up, and look at the captions."
     ]
 
 

@@ -48,7 +48,7 @@ def write_state(
     write_json(folder / STATE_NAME, asdict(state))
 
 
-CHANGEABLE = ("loss", "optim", "total_steps", "ema")
+CHANGEABLE = ("loss", "ranks_of_groups", "optim", "total_steps", "ema")
 """Of the course: what --change may change. The rest decides which samples come, and to what model."""
 
 
@@ -63,8 +63,15 @@ _UNTIL_NOW = {
     "ema": {"decay": 0.0, "warmup": True},
     "ranks_of_groups": None,
 }
-_LOSS_UNTIL_NOW = {"group_size": None}
 """Of the course: what runs had whose checkpoints do not say it, because it could not be set."""
+_LOSS_UNTIL_NOW = {"group_size": None}
+"""The same of the loss of pretraining ("loss") and fine-tuning ("contrastive")."""
+
+
+def _with_what_was(course: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the course of a checkpoint with what could not be set when it was written."""
+    losses = {name: {**_LOSS_UNTIL_NOW, **course[name]} for name in ("loss", "contrastive") if name in course}
+    return {**_UNTIL_NOW, **course, **losses}
 
 
 def read_average(folder: Path) -> dict[str, Tensor] | None:
@@ -97,7 +104,7 @@ def read_train_state(folder: Path, course: Mapping[str, Any], may_change: bool =
         content["step"],
         content["samples_seen"],
         {int(lane): count for lane, count in content["skipped"].items()},
-        {**_UNTIL_NOW, **content["course"], "loss": {**_LOSS_UNTIL_NOW, **content["course"]["loss"]}},
+        _with_what_was(content["course"]),
         content["applied_steps"],
         tuple(content["left_out"]),
     )

@@ -1,6 +1,7 @@
 """The papers' claims as experiments: what is judged, that a killed experiment goes on, and a page that is made of JSON alone."""
 
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -629,23 +630,36 @@ def test_a_row_less_an_arm_has_differences_by_seed_and_is_inconclusive_where_cha
 def test_all_sizes_of_groups_go_on_from_one_start_of_their_seed(tmp_path, monkeypatch):
     asked, steps = [], []
     monkeypatch.setattr(batch, "pretrained", lambda recipe, config: asked.append(config) or config.out)
-    monkeypatch.setattr(batch, "measured", lambda data, number, place, kind: steps.append(number) or place)
+    monkeypatch.setattr(
+        batch,
+        "measured",
+        lambda data, number, place, kind: steps.append((number, place)) or Found(values={}, held_out={}),
+    )
+    monkeypatch.setattr(batch, "find_checkpoint", lambda place: place)
+    monkeypatch.setattr(batch, "weights_path", lambda place: tmp_path / "weights")
+    (tmp_path / "weights").write_bytes(b"w")
     options = Options(quick=False)
     experiment = batch.batch(options)
     data = corpus.Corpus(options, tmp_path, tmp_path, RECIPES["tiny"](), tmp_path / "work")
     data = replace(data, base=replace(data.base, steps=200))
     for seed in (0, 1):
         for name, arm in experiment.arms.items():
-            place = experiment.run(data, arm.settings, seed, tmp_path / name)
-            assert place == (tmp_path / f"work/starts/seed{seed}" if name == "start" else tmp_path / name)
-    assert steps == 2 * [200, *6 * [12]]
-    starts, others = asked[::7], [*asked[1:7], *asked[8:]]
-    assert [(config.seed, config.loss.full_name, config.steps) for config in starts] == [
+            found = experiment.run(data, arm.settings, seed, tmp_path / name)
+            assert found.more == {"start": hashlib.sha256(b"w").hexdigest()}
+            place = tmp_path / f"work/starts/seed{seed}" if name == "start" else tmp_path / name
+            assert steps.pop() == (200 if name == "start" else 12, place)
+    starts = [config for config in asked if config.model.pretrained is None]
+    others = [config for config in asked if config.model.pretrained is not None]
+    assert len(starts) == 14, "asked for by every arm"
+    assert {(config.seed, config.loss.full_name, config.steps) for config in starts} == {
         (0, "hard", 200),
         (1, "hard", 200),
-    ]
+    }
+    assert [config.seed for config in others] == 6 * [1000] + 6 * [1001], (
+        "or the start's very batches would be the groups"
+    )
     assert {(config.global_batch_size, config.steps) for config in others} == {(4096, 12)}
-    assert [config.model.pretrained for config in others] == [str(starts[i].out) for i in (0, 1) for _ in range(6)]
+    assert [config.model.pretrained for config in others] == [str(starts[7 * i].out) for i in (0, 1) for _ in range(6)]
     assert [config.loss.group_size for config in others] == 2 * [256, 256, 1024, 1024, 4096, 4096]
     assert {config.loss.full_name for config in others[1::2]} == {"object_iou/budget"}
     assert [name for name, arm in experiment.arms.items() if not arm.comes_last] == ["start"]
@@ -661,12 +675,20 @@ def test_the_quick_way_of_batch_goes_from_data_to_page(tmp_path):
     assert len(content["rows"]) == 7
     assert "64, Object-IoU less hard" in text
     assert {name: len(points) for name, points in content["plot"]["series"].items()} == {"hard": 2, "Object-IoU": 2}
-    start, *_ = (out / "starts").glob("seed0/checkpoints/*")
-    assert "quick True" in text, "no evidence of anything"
-    (start.parents[2] / "seed0.done").unlink()  # killed after its last step: it goes on from there
+    assert "Different starts" not in text
+    (start,) = (out / "starts").glob("seed0/checkpoints/*/*.safetensors")
+    before = start.stat().st_ino, start.stat().st_mtime_ns
     (out / "units/64-hard-seed0.json").unlink()
     again = json.loads((claims("batch", ClaimsConfig(quick=True, out=out)).with_suffix(".json")).read_text())
     assert again["rows"]["64, hard"]["measures"] == content["rows"]["64, hard"]["measures"]
+    assert (start.stat().st_ino, start.stat().st_mtime_ns) == before, "the start is not trained again"
+
+
+def test_a_page_of_batch_names_seeds_whose_arms_went_on_from_different_starts():
+    units = [{"seed": seed, "more": {"start": digest}} for seed, digest in ((0, "a"), (0, "a"), (1, "b"), (1, "c"))]
+    (table,) = EXPERIMENTS["batch"](QUICK).tables(units)
+    assert table.rows == [["1", "2"]]
+    assert not EXPERIMENTS["batch"](QUICK).tables(units[:3])
 
 
 def test_a_page_tells_its_history_its_shards_and_uncommitted_changes(tmp_path):

@@ -15,10 +15,11 @@ from pretrain.checks import check_batches, check_start, merged
 from pretrain.diagnosis import to_json, to_text
 from pretrain.engine import Engine, EngineConfig
 from pretrain.forecast import HEADROOM, Costs, forecast
+from pretrain.losses import LossConfig
 from pretrain.machine import MachineShare, share_of_machine
 from pretrain.optim import OptimConfig
 from pretrain.plan import make_plan
-from pretrain.rates import STAGES
+from pretrain.rates import STAGES, in_groups
 from pretrain.run import train
 from pretrain.self_check import SelfCheck
 from setclip import distributed
@@ -219,6 +220,24 @@ def test_too_few_loader_processes_are_told_with_the_number_that_is_needed():
     assert forecast(slow, workers=6, lanes=64, cores=16, ranks=1, pairs=1000).bottleneck == "step"
     assert forecast(slow, workers=6, lanes=64, cores=3, ranks=1, pairs=1000).bottleneck == "cores"
     assert forecast(slow, workers=6, lanes=2, cores=16, ranks=1, pairs=1000).rate == pytest.approx(40), "a lane each"
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 1), (16, 4), (4, 2)])
+def test_a_run_in_groups_is_looked_at_in_groups(place, size, accumulation):
+    """Its first steps have four pairs, fewer than a group may have."""
+    found = diagnosed(place, "--loss.group-size", str(size), "--engine.accumulation", str(accumulation))
+    assert not found.faults
+    assert f"= 16 pairs a step in groups of {size}; 10 steps" in to_text(found)
+    assert to_json(found)["group_size"] == size
+    pairs = to_json(found)["step"]["pairs"]  # fewer than the run's where the machine is busy
+    assert pairs % size == 0 or pairs < size
+
+
+@pytest.mark.parametrize(("pairs", "number", "size"), [(4, 1, 4), (8, 2, 8), (6, 2, 3), (64, 1, 16), (14, 2, 14)])
+def test_a_step_that_stands_for_a_run_s_has_whole_groups(pairs, number, size):
+    wanted = {4: 16, 8: 16, 6: 5, 64: 16, 14: 16}[pairs]
+    assert in_groups(LossConfig(group_size=wanted), pairs, number).group_size == size
+    assert in_groups(LossConfig(), pairs, number) == LossConfig()
 
 
 def test_without_loader_processes_loading_and_steps_take_turns():

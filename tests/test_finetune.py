@@ -20,6 +20,8 @@ from finetune.data import TrainOrder, open_parts
 from finetune.evaluate import results_of
 from finetune.recipes import RECIPES
 from finetune.run import finetune, over_seeds
+from pretrain.losses import LossConfig
+from pretrain.resume import STATE_NAME
 from pretrain.stopping import EXIT_STOPPED
 from setclip.checkpoint import checkpoints_of, load_model, save_checkpoint
 from setclip.errors import InputError
@@ -415,6 +417,10 @@ def test_errors_say_what_to_do(place, tmp_path, monkeypatch):
         ({"hold_out": 160}, "expected fewer pictures held out than there are"),
         ({"head": "single", "width": 16}, "expected something to learn, found none"),
         ({"inference": "hybrid"}, "expected inference set of head mean, found hybrid"),
+        (
+            {"contrastive": LossConfig(name="hard", group_size=4)},
+            "expected a contrastive loss of all pairs of a step, found --contrastive.group-size 4; groups are for pretraining",
+        ),
         ({"match": "class"}, "expected pictures with classes .* for --match class"),
     ]
     for number, (values, message) in enumerate(cases):
@@ -431,6 +437,11 @@ def test_a_run_goes_on_with_its_own_settings_only_and_its_folder_is_not_overwrit
     before = {name: (out / name).read_text() for name in ("config.yaml", "results.json")}
     with pytest.raises(InputError, match=r"started with other settings: width was 16, is 32"):
         finetune("plain", config_of(place, out, width=32, resume=True))
+    path = checkpoints_of(out)[-1] / STATE_NAME  # of before there were groups, which change nothing here
+    state = json.loads(path.read_text())
+    assert state["course"]["contrastive"].pop("group_size", "none") is None
+    path.write_text(json.dumps(state))
+    finetune("plain", config_of(place, out, resume=True))
     assert before == {name: (out / name).read_text() for name in before}, "the run that is there stays whole"
     with pytest.raises(
         InputError, match=r"found a fine-tuned one at .*; give the model that it began with \(.*pretrained"

@@ -51,7 +51,8 @@ def ours(images, texts, scale, sets, config, progress=PROGRESS):
     if config.name == "softclip":
         targets = make_softclip_targets(*made)
         return softclip_loss(images, texts, scale, targets, layout), targets
-    targets = distil(make_targets(*made), images, texts, config, layout, progress, SEED)
+    is_hard = draw_hard(layout.counts, hard_share_at(progress, config.hard_share), SEED)
+    targets = distil(make_targets(*made), images, texts, config, layout, is_hard)
     return blockwise_loss(images, texts, scale, targets, layout), targets
 
 
@@ -300,7 +301,7 @@ def test_psd_of_two_pairs_is_what_a_hand_computes():
     layout, sets = agree(BatchSets(torch.full((2, 1), -1), torch.full((2, 1), -1)))
     seed = next(seed for seed in range(20) if draw_hard([2], 0.5, seed)[0])
     one_hot = make_targets(sets, config, layout, None, torch.float64)
-    targets = distil(one_hot, images, texts, config, layout, 0.3, seed)
+    targets = distil(one_hot, images, texts, config, layout, draw_hard([2], 0.5, seed))
     loss = blockwise_loss(images, texts, torch.tensor(1.0).double(), targets, layout)
 
     near, far = 1 / (1 + math.exp(-0.2)), 1 / (1 + math.exp(-1))  # image 1 on its text; text 1 on its image

@@ -12,6 +12,7 @@ import torch
 from loss_reference import BATCHES, CONFIGS, IMAGE_SETS, TEXT_SETS, batch_sets, features, weights, with_gradients
 from ranks import on_ranks
 
+from pretrain import losses
 from pretrain.losses import (
     LOSSES,
     BatchSets,
@@ -291,14 +292,14 @@ def check_ranks(world_size, names):
 
 GROUPS = [*CONFIGS, LossConfig(name="softclip", beta=0.3), LossConfig(name="psd")]
 MOMENT = Moment(0.6, 5)
-BATCH_OF_12 = BATCHES["small sets on both sides"]
+BATCH_OF_12 = BATCHES["equal texts"]
 
 
-def wanted_in_groups(config, group_size):
+def wanted_in_groups(config, group_size, ranks):
     """The mean of the reference over groups, and its gradients."""
     images, texts = features(size=12)
     leaves = scalars(config, 30.0, torch.float64)
-    is_hard = draw_hard([group_size], hard_share_at(MOMENT.progress, config.hard_share), MOMENT.seed).tolist()
+    is_hard = draw_hard([12 // ranks] * ranks, hard_share_at(MOMENT.progress, config.hard_share), MOMENT.seed).tolist()
     parts = [slice(first, first + group_size) for first in range(0, 12, group_size)]
     of_groups = [
         reference.loss(
@@ -308,7 +309,7 @@ def wanted_in_groups(config, group_size):
             *(side and side[part] for side in BATCH_OF_12),
             config,
             *leaves[1:],
-            is_hard=is_hard,
+            is_hard=is_hard[part],
         )
         for part in parts
     ]
@@ -334,32 +335,67 @@ def losses_in_groups(group_sizes):
 def check_groups(of_ranks, group_sizes):
     for results in of_ranks:
         for (config, size), values in zip(itertools.product(GROUPS, group_sizes), results, strict=True):
-            check(values, wanted_in_groups(config, size), 1e-12, (config, size))
+            check(values, wanted_in_groups(config, size, len(of_ranks)), 1e-12, (config, size))
 
 
 def test_the_loss_in_groups_is_the_mean_over_them():
-    sizes = (2, 3, 4, 6, 12)
+    sizes = (2, 4)
     check_groups([losses_in_groups(sizes)], sizes)
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_groups_on_ranks_are_those_of_one_rank_and_need_no_other(world_size):
-    sizes = (3,) if world_size == 4 else (2, 3, 6)
+    sizes = (3,)
     check_groups(on_ranks(world_size, losses_in_groups, sizes), sizes)
 
 
 def test_meters_in_groups_are_means_over_them():
     images, texts = (x.detach() for x in features(size=12))
-    theta = torch.tensor([1.0], dtype=torch.float64)
 
     def output(part, config):
-        return ours(images[part], texts[part], theta, batch_sets(*(s and s[part] for s in BATCH_OF_12)), config)
+        sets = batch_sets(*(side and side[part] for side in BATCH_OF_12))
+        theta, *bias = scalars(config, 3.0, torch.float64)
+        return ours(images[part], texts[part], theta, sets, config, *bias, moment=Moment(0.0, 5))
 
-    found = output(slice(12), LossConfig(group_size=4))
-    alone = [output(slice(first, first + 4), LossConfig()) for first in (0, 4, 8)]
-    for field in dataclasses.fields(found):
-        values = [float(getattr(each, field.name)) for each in alone]
-        assert float(getattr(found, field.name)) == pytest.approx(sum(values) / 3, abs=1e-12), field.name
+    for config in GROUPS:
+        found = output(slice(12), replace(config, group_size=4))
+        alone = [output(slice(first, first + 4), config) for first in (0, 4, 8)]
+        for field in dataclasses.fields(found):
+            values = [float(getattr(each, field.name).detach()) for each in alone]
+            assert float(getattr(found, field.name).detach()) == pytest.approx(sum(values) / 3, abs=1e-12), (
+                config,
+                field.name,
+            )
+
+
+def test_a_rank_of_other_groups_is_waited_for_by_nobody(monkeypatch):
+    """In groups ranks exchange nothing for the loss."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr("setclip.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("pretrain.losses.exchange.world_size", lambda: 2)
+    for name in ("all_gather", "all_reduce", "all_to_all_single"):
+        monkeypatch.setattr(torch.distributed, name, refuse)
+    for config in GROUPS:
+        if config.name != "psd":  # which asks which rank this is
+            found(replace(config, group_size=4), 30.0, BATCH_OF_12)
+    with pytest.raises(AssertionError, match="a collective"):
+        found(LossConfig(), 30.0, BATCH_OF_12)
+
+
+def test_psd_in_groups_gives_one_hot_targets_to_the_share_of_the_step(monkeypatch):
+    """Not of each group: a fifth of two pairs would be none."""
+    seen = []
+    distil = losses.distil
+    monkeypatch.setattr(losses, "distil", lambda *args: seen.append(args[-1]) or distil(*args))
+    images, texts = features(size=12)
+    config = LossConfig(name="psd", hard_share=(0.25, 0.25), group_size=2)
+    ours(images, texts, torch.ones(1).double(), batch_sets(*BATCH_OF_12), config, moment=MOMENT)
+    assert len(seen) == 6
+    assert torch.equal(torch.cat(seen), draw_hard([12], 0.25, MOMENT.seed))
+    assert int(torch.cat(seen).sum()) == 3
 
 
 def test_groups_that_do_not_divide_the_pairs_are_refused():

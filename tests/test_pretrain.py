@@ -419,6 +419,13 @@ def test_a_run_in_groups_goes_on_with_its_own_ranks_alone(place):
     plan = make_plan("test", replace(config, overwrite=True), replace(distributed.start("cpu"), size=2))
     with pytest.raises(InputError, match="ranks_of_groups was 1, is 2"):
         read_train_state(checkpoints_of(place / "groups-and-ranks")[-1], course_of(config, plan))
+    # on purpose both may change, and so may a run begin to have groups, or cease to
+    assert read_train_state(checkpoints_of(place / "groups-and-ranks")[-1], course_of(config, plan), True).step == 3
+    whole = replace(config, loss=LossConfig(name="hard"))
+    with pytest.raises(InputError, match=r"loss was .*ranks_of_groups was 1, is None.* --change True"):
+        run(replace(whole, overwrite=False, resume=True))
+    run(replace(whole, overwrite=False, resume=True, change=True, steps=4))
+    assert len(losses_of(place / "groups-and-ranks")) == 4
 
 
 def test_a_checkpoint_from_before_groups_resumes(place):

@@ -222,7 +222,7 @@ def test_a_loss_that_stays_at_ln_batch_is_said_once():
     watch = CollapseWatch(GuardConfig(collapse_steps=3), 1024)
     remarks = [watch.add(loss) for loss in (6.93, 6.93, 5.0, 6.931, 6.93, 6.94, 6.93)]
     assert [bool(remark) for remark in remarks] == [False] * 5 + [True, False]
-    assert "ln(batch) = 6.931 for 3 steps" in str(remarks[5])
+    assert "ln(pairs contrasted) = 6.931 for 3 steps" in str(remarks[5])
 
 
 def read_lines(path):

@@ -495,7 +495,11 @@ def top1(*values):
         ),
         (
             run_of([SOUND | {"loss": math.log(64)}] * 9, {"steps": 9, "global_batch_size": 64}),
-            "The loss stays at ln(batch) = 4.159: all features are alike",
+            "The loss stays at ln(pairs contrasted) = 4.159: all features are alike",
+        ),
+        (
+            run_of([SOUND | {"loss": math.log(8)}] * 9, {"steps": 9, "global_batch_size": 64, "loss.group_size": 8}),
+            "The loss stays at ln(pairs contrasted) = 2.079: all features are alike",
         ),
         (run_of([SOUND | {"kl": 1.0 + max(0, n - 30) / 10} for n in range(64)]), "KL has risen from 1.000"),
         (

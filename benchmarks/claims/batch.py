@@ -5,6 +5,7 @@ A larger batch has more false negatives, but in an afternoon it also has far few
 many of them are contrasted with each other (--loss.group-size).
 """
 
+import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +14,9 @@ from typing import Any
 
 from benchmarks.claims.corpus import (
     ABOUT,
-    BATCH,
     LIMITS,
     MEASURES,
     RSUM_MARGIN,
-    STEPS,
     Corpus,
     config_of,
     in_common,
@@ -25,13 +24,15 @@ from benchmarks.claims.corpus import (
     more,
     prepare,
 )
-from benchmarks.claims.experiment import Arm, Experiment, Found, Options, Plot, Row, Unit
+from benchmarks.claims.experiment import Arm, Experiment, Found, Options, Plot, Row, Table, Unit
 from benchmarks.claims.pretraining import pretrained, with_settings
 from benchmarks.claims.units import locked
 from pretrain.config import PretrainConfig
 from setclip import config as configuration
+from setclip.checkpoint import find_checkpoint, weights_path
 
 PAIRS, STEPS_FROM_START = 4096, 12
+OTHER_SEED = 1000
 _LOSSES = {"hard": {"name": "hard"}, "Object-IoU": {"name": "object_iou", "beta": 0.2}}
 
 
@@ -48,27 +49,31 @@ def batch(options: Options) -> Experiment:
         for (words, loss), arm in zip(_LOSSES.items(), (hard, soft), strict=True):
             arms[arm] = Arm(
                 what=f"each pair contrasted with {size - 1:,} others, {words}",
-                settings={"loss": {**loss, "group_size": size}, "is_from_start": True},
+                settings={"loss": {**loss, "group_size": size}},
                 comes_last=True,  # of each seed the start comes before it
             )
         rows |= {hard: Row(arm=hard), soft: Row(arm=soft), gain: Row(arm=soft, minus=hard)}
     ends = [gains[size] for size in (sizes[-1], sizes[0])]
     config = config_of(options)
+    pairs, steps = _pairs_and_steps(options)
     return Experiment(
         title="Soft labels against the number of pairs contrasted",
         question="A larger batch has more pairs that share objects: more false negatives for hard labels. Does what Object-IoU "
         "brings grow with it?",
         about={
             **ABOUT,
-            "Training": f"each seed begins with {STEPS} steps of {BATCH} pairs and hard labels. All other arms go on from there "
-            f"with {STEPS_FROM_START} steps of {PAIRS:,} pairs, the same pairs in the same order at the recipe's learning rate. "
-            "They differ in the loss, and in how many pairs are contrasted with each other (`--loss.group-size`): a quarter "
-            "of a batch each, say, as four ranks do that gather nothing.",
+            "Model": ABOUT["Model"].replace("from random weights", "from the weights that Training names"),
+            "Training": f"each seed begins with {config.steps} steps of {config.global_batch_size} pairs and hard labels, from "
+            f"random weights. All other arms go on from there with {steps} steps of {pairs:,} pairs, the same pairs in the same "
+            "order, other than the start's, with the recipe's whole schedule begun anew. They differ in the loss, and in how "
+            f"many pairs are contrasted with each other (`--loss.group-size`): {sizes[0]:,} as {pairs // sizes[0]} ranks would "
+            "that gather nothing, or all.",
         },
         limits=(
             *LIMITS,
             "All sizes take the same steps. A run with smaller batches would take more of them, and noisier ones: that is "
             "not asked here.",
+            "The schedule was made for steps of 256 pairs, and the start's for its end: the learning rate rises again.",
             "Few steps, from a start that hard labels made: what soft labels do from the first step on is in "
             "[labels](labels.md).",
         ),
@@ -90,36 +95,63 @@ def batch(options: Options) -> Experiment:
         prepare=prepare,
         run=run,
         plot=_by_size,
+        tables=_different_starts,
         **in_common(options)
-        | {"settings": {**configuration.to_dict(_from_start(config, options)), "start": configuration.to_dict(config)}},
+        | {
+            "settings": {
+                **configuration.to_dict(_continuation(config, options)),
+                "start": configuration.to_dict(config),
+            }
+        },
     )
 
 
 def run(corpus: Corpus, settings: Mapping[str, Any], seed: int, out: Path) -> Found:
     """Trains the start of a seed where it is not there, goes on from it unless it is what is asked for, and evaluates."""
-    start = _start(corpus, seed)
-    if "is_from_start" not in settings:
-        return measured(corpus, corpus.base.steps, start, "templates")
-    config = _from_start(corpus.base, corpus.options)
+    start, digest = _trained_start(corpus, seed)
+    if "group_size" not in settings["loss"]:
+        found = measured(corpus, corpus.base.steps, start, "templates")
+        return replace(found, more={**found.more, "start": digest})
+    config = _continuation(corpus.base, corpus.options)
     config = replace(config, model=replace(config.model, pretrained=str(start)))
-    return measured(corpus, config.steps, pretrained("tiny", with_settings(config, settings, seed, out)), "templates")
+    # Another seed: with that of the start its very batches would come again, as groups of 256.
+    run_folder = pretrained("tiny", with_settings(config, settings, seed + OTHER_SEED, out))
+    found = measured(corpus, config.steps, run_folder, "templates")
+    return replace(found, more={**found.more, "start": digest})
 
 
-def _start(corpus: Corpus, seed: int) -> Path:
-    """Returns the run that others of a seed go on from. They may all ask for it at once: one trains it."""
+def _trained_start(corpus: Corpus, seed: int) -> tuple[Path, str]:
+    """Returns the run that others of a seed go on from, and its weights' SHA-256. All may ask for it at once: one trains it.
+
+    A run that is there is checked as at any resume, so one of other data or settings is refused.
+    """
     folder = corpus.work / "starts" / f"seed{seed}"
-    done = folder.with_suffix(".done")
     with locked(folder.with_suffix(".lock"), waits=True):
-        if not done.exists():
-            pretrained("tiny", with_settings(corpus.base, {"loss": _LOSSES["hard"]}, seed, folder))
-            done.touch()
-    return folder
+        pretrained("tiny", with_settings(corpus.base, {"loss": _LOSSES["hard"]}, seed, folder))
+    weights = weights_path(find_checkpoint(folder))
+    return folder, hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def _from_start(config: PretrainConfig, options: Options) -> PretrainConfig:
+def _different_starts(units: Sequence[Unit]) -> Sequence[Table]:
+    """Returns a table of the seeds whose arms went on from different starts, as if one had been trained elsewhere."""
+    starts: dict[int, set[str]] = {}
+    for unit in units:
+        starts.setdefault(unit["seed"], set()).add(unit["more"]["start"])
+    rows = [[str(seed), str(len(found))] for seed, found in sorted(starts.items()) if len(found) > 1]
+    if not rows:
+        return ()
+    text = "Starts of one seed that differ in their weights: differences of these seeds are not of the loss alone."
+    return (Table(title="Different starts", text=text, header=("seed", "starts"), rows=rows),)
+
+
+def _continuation(config: PretrainConfig, options: Options) -> PretrainConfig:
     """Returns the settings of what goes on from a start."""
-    pairs, steps = (64, 2) if options.quick else (PAIRS, STEPS_FROM_START)
+    pairs, steps = _pairs_and_steps(options)
     return replace(config, global_batch_size=pairs, steps=steps, log_every_steps=3)
+
+
+def _pairs_and_steps(options: Options) -> tuple[int, int]:
+    return (64, 2) if options.quick else (PAIRS, STEPS_FROM_START)
 
 
 def _by_size(units: Sequence[Unit]) -> Plot | None:

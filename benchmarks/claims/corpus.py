@@ -80,7 +80,7 @@ class Corpus:
     held_out: Path
     base: PretrainConfig
     work: Path
-    """Of the experiment alone"""
+    """The experiment's own folder"""
 
 
 def prepare(work: Path, shared: Path, options: Options) -> Corpus:

@@ -12,20 +12,23 @@ all pairs, and so are the gradients once the engine averages them. Letters: B pa
 width, M objects.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.losses.blockwise import blockwise_loss
 from pretrain.losses.exchange import Layout, agree
 from pretrain.losses.operators import Targets, make_targets
-from pretrain.losses.self_distillation import distil
+from pretrain.losses.self_distillation import distil, draw_hard, hard_share_at
 from pretrain.losses.sets import BatchSets
 from pretrain.losses.sigmoid import sigmoid_loss
 from pretrain.losses.softclip import SoftClipTargets, make_softclip_targets, softclip_loss
 from pretrain.losses.targets import LOSSES, LossConfig
 from pretrain.losses.weights import ObjectWeights
+from setclip.distributed import world_size
 
 __all__ = [
     "LOSSES",
@@ -96,8 +99,8 @@ def prepare_targets(
 ) -> Prepared:
     """Returns the targets over all ranks, which need no features: they can be made while the towers encode. Collective.
 
-    `sets`: this rank's, a multiple of config.group_size. `weights`: needed where config.weights is "frequency", on the
-    sets' device. `dtype`: that of the logits, the features' promoted to float32.
+    With config.group_size they are of this rank's groups alone, and not collective. `sets`: this rank's. `weights`: needed
+    where config.weights is "frequency", on the sets' device. `dtype`: that of the logits, the features' promoted to float32.
     """
     _check_sets(sets)
     make = make_softclip_targets if config.name == "softclip" else make_targets
@@ -131,7 +134,8 @@ def contrastive_loss(
     moment: Moment | None = None,
     prepared: Prepared | None = None,
 ) -> LossOutput:
-    """Returns this rank's share of the loss over all ranks' pairs; with config.group_size, of the mean over groups.
+    """Returns this rank's share of the loss over all ranks' pairs; with config.group_size, of the mean over groups, of
+    which all ranks must have as many.
 
     `image_features`, `text_features`: (B, D) float, unit norm; ranks may differ in B. `logit_scale`: exp(θ), one
     number; `logit_bias`: one number, for siglip. `sets`: of this rank's pairs. `prepared`: what `prepare_targets` returned
@@ -147,10 +151,36 @@ def contrastive_loss(
             f"expected targets prepared for this loss, {len(sets)} pairs and {dtype}, found those of "
             f"{prepared.config.full_name}, {sum(sizes)} pairs and {prepared.dtype}"
         )
-    parts = zip(prepared.groups, image_features.split(sizes), text_features.split(sizes), strict=True)
-    found = [_loss_of(group, images, texts, logit_scale, logit_bias, config, moment) for group, images, texts in parts]
-    means = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
-    return LossOutput(*(found[0] if len(found) == 1 else means))
+    found = [
+        _loss_of(group, images, texts, logit_scale, logit_bias, config, is_hard)
+        for group, images, texts, is_hard in zip(
+            prepared.groups,
+            image_features.split(sizes),
+            text_features.split(sizes),
+            _hard_pairs(prepared, moment),
+            strict=True,
+        )
+    ]
+    if len(found) == 1:
+        return found[0]
+    names = [field.name for field in fields(LossOutput)]
+    return LossOutput(**{name: torch.stack([getattr(each, name) for each in found]).mean(0) for name in names})
+
+
+def _hard_pairs(prepared: Prepared, moment: Moment | None) -> Sequence[Tensor | None]:
+    """Returns which pairs of each group psd gives one-hot targets; None of other losses. They are drawn once a step."""
+    config, groups = prepared.config, prepared.groups
+    if config.name != "psd":
+        return [None] * len(groups)
+    if moment is None:
+        raise ValueError("psd needs moment")
+    share = hard_share_at(moment.progress, config.hard_share)
+    if config.group_size is None:
+        return [draw_hard(groups[0].layout.counts, share, moment.seed)]
+    ranks = world_size()
+    rank = dist.get_rank() if ranks > 1 else 0
+    drawn = draw_hard((len(groups) * config.group_size,) * ranks, share, moment.seed)  # alike on all ranks
+    return drawn.split(config.group_size)[rank * len(groups) :][: len(groups)]
 
 
 def _loss_of(
@@ -160,9 +190,9 @@ def _loss_of(
     logit_scale: Tensor,
     logit_bias: Tensor | None,
     config: LossConfig,
-    moment: Moment | None,
-) -> tuple[Tensor, ...]:
-    """Returns the fields of LossOutput of one group, in their order."""
+    is_hard: Tensor | None,
+) -> LossOutput:
+    """Returns the loss and meters of one group. `is_hard`, (pairs of the group,) bool: of psd."""
     targets, layout = group.targets, group.layout
     if isinstance(targets, SoftClipTargets):
         loss = softclip_loss(image_features, text_features, logit_scale, targets, layout)
@@ -172,12 +202,11 @@ def _loss_of(
         loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, targets, layout)
     else:
         if config.name == "psd":
-            if moment is None:
-                raise ValueError("psd needs moment")
-            targets = distil(targets, image_features, text_features, config, layout, moment.progress, moment.seed)
+            assert is_hard is not None
+            targets = distil(targets, image_features, text_features, config, layout, is_hard)
         loss = blockwise_loss(image_features, text_features, logit_scale, targets, layout)
     numbers = (targets.true_pair_mass, targets.similar_pairs, targets.equal_pairs)
-    return loss, loss.detach() - targets.entropy, *(loss.new_tensor(n) for n in numbers)
+    return LossOutput(loss, loss.detach() - targets.entropy, *(loss.new_tensor(n) for n in numbers))
 
 
 def _check_sets(sets: BatchSets) -> None:

@@ -84,15 +84,13 @@ def distil(
     texts: Tensor,
     config: LossConfig,
     layout: Layout,
-    progress: float,
-    seed: int,
+    is_hard: Tensor,
 ) -> Targets:
     """Returns the targets of a step from the one-hot ones that `make_targets` returned. No gradient. Collective.
 
-    `images`, `texts`: (B, D) of unit norm, those of the loss. `progress`: the share of the run that is over. `seed`: of
-    which pairs keep one-hot targets; the same on all ranks.
+    `images`, `texts`: (B, D) of unit norm, those of the loss. `is_hard`: (N,) bool on the CPU, the same on all ranks: which
+    pairs keep one-hot targets (`draw_hard`).
     """
-    is_hard = draw_hard(layout.counts, hard_share_at(progress, config.hard_share), seed)
     if bool(is_hard.all()):
         return targets
     hard = is_hard.to(images.device, torch.float64)
