@@ -63,15 +63,15 @@ def batch(options: Options) -> Experiment:
         "brings grow with it?",
         about={
             **ABOUT,
-            "Choice": ABOUT["Choice"]
-            + " The learning rate, of 4e-3 (the recipe's) and 1e-3, is that with which hard labels "
-            "and all pairs contrasted had the higher held-out top-1 after a start with another seed (100): 4.4 and 5.9, the start having 4.5.",
+            "Choice": f"{ABOUT['Choice']} The learning rate of what goes on, of 4e-3 (the recipe's) and 1e-3, is that with which "
+            "hard labels and all pairs contrasted had the higher held-out top-1 after a start with another seed (100): 4.4 "
+            "and 5.9; the start had 4.5.",
             "Model": ABOUT["Model"].replace("from random weights", "from the weights that Training names"),
             "Training": f"each seed begins with {config.steps} steps of {config.global_batch_size} pairs and hard labels, from "
             f"random weights. All other arms go on from there with {steps} steps of {pairs:,} pairs, the same pairs in the same "
-            "order, other than the start's, with a whole schedule of its own up to {LEARNING_RATE:g}. They differ in the loss, and in how "
-            f"many pairs are contrasted with each other (`--loss.group-size`): {sizes[0]:,} as {pairs // sizes[0]} ranks would "
-            "that gather nothing, or all.",
+            f"order, other than the start's, with a whole schedule of its own up to {LEARNING_RATE:g}. They differ in the "
+            f"loss, and in how many pairs are contrasted with each other (`--loss.group-size`): "
+            f"{sizes[0]:,} as {pairs // sizes[0]} ranks would that gather nothing, or all.",
         },
         limits=(
             *LIMITS,
