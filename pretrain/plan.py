@@ -211,7 +211,8 @@ def announce(
         f"{plan.total_samples:,} samples = {plan.total_samples / plan.order.num_samples:.2f} epochs"
     )
     if (size := config.loss.group_size) is not None:
-        say(f"contrasted in {config.global_batch_size // size:,} groups of {size:,} pairs, each of one rank")
+        groups = config.global_batch_size // size
+        say(f"contrasted in {groups:,} group{'s' * (groups != 1)} of {size:,} pairs, each of one rank")
     say(
         f"engine DeepSpeed, ZeRO {config.engine.zero_stage}, {config.engine.precision}, {world.device}; run folder {plan.out}"
     )

@@ -676,7 +676,7 @@ def test_the_quick_way_of_batch_goes_from_data_to_page(tmp_path):
     assert "64, Object-IoU less hard" in text
     assert {name: len(points) for name, points in content["plot"]["series"].items()} == {"hard": 2, "Object-IoU": 2}
     assert "Different starts" not in text
-    (start,) = (out / "starts").glob("seed0/checkpoints/*/*.safetensors")
+    (start,) = (out / "starts").glob("seed0/checkpoints/*/model.safetensors")
     before = start.stat().st_ino, start.stat().st_mtime_ns
     (out / "units/64-hard-seed0.json").unlink()
     again = json.loads((claims("batch", ClaimsConfig(quick=True, out=out)).with_suffix(".json")).read_text())

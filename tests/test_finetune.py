@@ -21,7 +21,7 @@ from finetune.evaluate import results_of
 from finetune.recipes import RECIPES
 from finetune.run import finetune, over_seeds
 from pretrain.losses import LossConfig
-from pretrain.resume import STATE_NAME
+from pretrain.resume import STATE_NAME, read_train_state
 from pretrain.stopping import EXIT_STOPPED
 from setclip.checkpoint import checkpoints_of, load_model, save_checkpoint
 from setclip.errors import InputError
@@ -437,16 +437,18 @@ def test_a_run_goes_on_with_its_own_settings_only_and_its_folder_is_not_overwrit
     before = {name: (out / name).read_text() for name in ("config.yaml", "results.json")}
     with pytest.raises(InputError, match=r"started with other settings: width was 16, is 32"):
         finetune("plain", config_of(place, out, width=32, resume=True))
-    path = checkpoints_of(out)[-1] / STATE_NAME  # of before there were groups, which change nothing here
-    state = json.loads(path.read_text())
-    assert state["course"]["contrastive"].pop("group_size", "none") is None
-    path.write_text(json.dumps(state))
-    finetune("plain", config_of(place, out, resume=True))
     assert before == {name: (out / name).read_text() for name in before}, "the run that is there stays whole"
     with pytest.raises(
         InputError, match=r"found a fine-tuned one at .*; give the model that it began with \(.*pretrained"
     ):
         finetune("plain", config_of(place, tmp_path / "other", model=str(out)))
+    # a checkpoint from before losses had groups is of the same course
+    path = checkpoints_of(out)[-1] / STATE_NAME
+    state = json.loads(path.read_text())
+    course = json.loads(path.read_text())["course"]
+    assert state["course"]["contrastive"].pop("group_size", "none") is None
+    path.write_text(json.dumps(state))
+    assert read_train_state(path.parent, course).step == state["step"]
 
 
 def test_a_run_does_not_go_on_with_a_pretrained_model_that_was_trained_anew(place, tmp_path):
