@@ -235,11 +235,11 @@ def measure_steps(
             grown = min(micro, 4 * size, int(size * _STEP_SECONDS / taken))
             while grown > size and not fits(grown):
                 grown = (grown + size) // 2
+            is_last = grown < min(micro, 4 * size)
             if grown > whole_groups:
                 grown -= grown % whole_groups
             if grown <= size:
                 break
-            is_last = grown < min(micro, 4 * size)
             size = grown
             taken, _ = step(size)
             if is_last:

@@ -24,7 +24,7 @@ OPTIMIZER_NAME = "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands. Free of ranks, workers and ZeRO stages."""
+    """Where a run stands. Free of ranks (but in groups: `course`), workers and ZeRO stages."""
 
     step: int
     samples_seen: int

@@ -222,15 +222,19 @@ def test_too_few_loader_processes_are_told_with_the_number_that_is_needed():
     assert forecast(slow, workers=6, lanes=2, cores=16, ranks=1, pairs=1000).rate == pytest.approx(40), "a lane each"
 
 
-@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 1), (16, 4), (4, 2)])
-def test_a_run_in_groups_is_looked_at_in_groups(place, size, accumulation):
-    """Its first steps have four pairs, fewer than a group may have."""
-    found = diagnosed(place, "--loss.group-size", str(size), "--engine.accumulation", str(accumulation))
+@pytest.mark.parametrize(
+    ("pairs", "size", "accumulation", "taken"),
+    [(16, 8, 1, 16), (24, 3, 1, 24), (48, 24, 1, 48), (16, 16, 4, 8), (16, 4, 2, 16)],
+)
+def test_a_run_in_groups_is_looked_at_in_groups(place, monkeypatch, pairs, size, accumulation, taken):
+    """Its first steps have four pairs, fewer than a group may have; of four micro-batches two are taken."""
+    monkeypatch.setattr("pretrain.rates._STEP_SECONDS", 1e6)  # however busy the machine is
+    further = ("--loss.group-size", str(size), "--engine.accumulation", str(accumulation))
+    found = diagnosed(place, *further, "--global-batch-size", str(pairs))
     assert not found.faults
-    assert f"= 16 pairs a step in groups of {size}; 10 steps" in to_text(found)
+    assert f"= {pairs} pairs a step in groups of {size}; 10 steps" in to_text(found)
     assert to_json(found)["group_size"] == size
-    pairs = to_json(found)["step"]["pairs"]  # fewer than the run's where the machine is busy
-    assert pairs % size == 0 or pairs < size
+    assert to_json(found)["step"]["pairs"] == taken
 
 
 @pytest.mark.parametrize(("pairs", "number", "size"), [(4, 1, 4), (8, 2, 8), (6, 2, 3), (64, 1, 16), (14, 2, 14)])

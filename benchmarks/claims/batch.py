@@ -1,7 +1,7 @@
 """The experiment "batch": does the advantage of soft labels grow with the number of pairs that are contrasted?
 
 A larger batch has more false negatives, but in an afternoon it also has far fewer steps: from random weights, 12 steps of
-4,096 pairs learn nothing. So all arms go on from the same start, with the same steps of the same pairs, and differ in how
+4,096 pairs hardly learn. So all arms go on from the same start, with the same steps of the same pairs, and differ in how
 many of them are contrasted with each other (--loss.group-size).
 """
 

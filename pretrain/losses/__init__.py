@@ -134,13 +134,12 @@ def contrastive_loss(
     moment: Moment | None = None,
     prepared: Prepared | None = None,
 ) -> LossOutput:
-    """Returns this rank's share of the loss over all ranks' pairs; with config.group_size, of the mean over groups, of
-    which all ranks must have as many.
+    """Returns this rank's share of the loss over all ranks' pairs; with config.group_size, of the mean over groups.
 
     `image_features`, `text_features`: (B, D) float, unit norm; ranks may differ in B. `logit_scale`: exp(θ), one
     number; `logit_bias`: one number, for siglip. `sets`: of this rank's pairs. `prepared`: what `prepare_targets` returned
     for them. `moment`: for psd. Computes in the features' dtype, sums in fp32 at least. Collective, and so is its
-    backward pass.
+    backward pass; in groups neither is, and all ranks must hold equally many pairs.
     """
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     _check_features(image_features, text_features, logit_scale, logit_bias, sets)
