@@ -5,7 +5,6 @@ A larger batch has more false negatives, but in an afternoon it also has far few
 many of them are contrasted with each other (--loss.group-size).
 """
 
-import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from benchmarks.claims.units import locked
 from pretrain.config import PretrainConfig
 from setclip import config as configuration
 from setclip.checkpoint import find_checkpoint, weights_path
+from setclip.files import sha256_of
 
 PAIRS, STEPS_FROM_START = 4096, 12
 LEARNING_RATE = 1e-3
@@ -115,13 +115,12 @@ def batch(options: Options) -> Experiment:
 def run(corpus: Corpus, settings: Mapping[str, Any], seed: int, out: Path) -> Found:
     """Trains the start of a seed where it is not there, goes on from it unless it is what is asked for, and evaluates."""
     start, digest = _trained_start(corpus, seed)
-    if "group_size" not in settings["loss"]:
-        found = measured(corpus, corpus.base.steps, start, "templates")
-        return replace(found, more={**found.more, "start": digest})
-    config = _continuation(corpus.base, corpus.options)
-    config = replace(config, model=replace(config.model, pretrained=str(start)))
-    # Another seed: with that of the start its very batches would come again, as groups of 256.
-    run_folder = pretrained("tiny", with_settings(config, settings, seed + OTHER_SEED, out))
+    config, run_folder = corpus.base, start
+    if "group_size" in settings["loss"]:
+        config = _continuation(config, corpus.options)
+        config = replace(config, model=replace(config.model, pretrained=str(start)))
+        # Another seed: with that of the start its very batches would come again, as groups of 256.
+        run_folder = pretrained("tiny", with_settings(config, settings, seed + OTHER_SEED, out))
     found = measured(corpus, config.steps, run_folder, "templates")
     return replace(found, more={**found.more, "start": digest})
 
@@ -134,8 +133,7 @@ def _trained_start(corpus: Corpus, seed: int) -> tuple[Path, str]:
     folder = corpus.work / "starts" / f"seed{seed}"
     with locked(folder.with_suffix(".lock"), waits=True):
         pretrained("tiny", with_settings(corpus.base, {"loss": _LOSSES["hard"]}, seed, folder))
-    weights = weights_path(find_checkpoint(folder))
-    return folder, hashlib.sha256(weights.read_bytes()).hexdigest()
+    return folder, sha256_of(weights_path(find_checkpoint(folder)))
 
 
 def _different_starts(units: Sequence[Unit]) -> Sequence[Table]:
